@@ -27,8 +27,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from ipaddress import IPv4Address
+from typing import Never
 
 from ikectx.errors import UsageError
+from ikectx.machine import Table
 from ikectx.numbers import Exchange, Notify
 from ikectx.sa.context import Address, Endpoint
 from ikectx.sa.keys import DrawnIvs
@@ -200,29 +202,12 @@ class AddressUpdateInput(Enum):
     GIVE_UP = "the last timer"
 
 
-TABLE: dict[tuple[AddressUpdateState, AddressUpdateInput], AddressUpdateState] = {
-    (AddressUpdateState.NEW, AddressUpdateInput.START): AddressUpdateState.WAITING,
-    (AddressUpdateState.NEW, AddressUpdateInput.ACCEPT): AddressUpdateState.NEW,
-    (AddressUpdateState.NEW, AddressUpdateInput.REJECT): AddressUpdateState.NEW,
-    (AddressUpdateState.NEW, AddressUpdateInput.GIVE_UP): AddressUpdateState.NEW,
-    (AddressUpdateState.WAITING, AddressUpdateInput.START): AddressUpdateState.WAITING,
-    (AddressUpdateState.WAITING, AddressUpdateInput.ACCEPT): AddressUpdateState.MOVED,
-    (AddressUpdateState.WAITING, AddressUpdateInput.REJECT): AddressUpdateState.REFUSED,
-    (AddressUpdateState.WAITING, AddressUpdateInput.GIVE_UP): AddressUpdateState.SILENT,
-    (AddressUpdateState.MOVED, AddressUpdateInput.START): AddressUpdateState.MOVED,
-    (AddressUpdateState.MOVED, AddressUpdateInput.ACCEPT): AddressUpdateState.MOVED,
-    (AddressUpdateState.MOVED, AddressUpdateInput.REJECT): AddressUpdateState.MOVED,
-    (AddressUpdateState.MOVED, AddressUpdateInput.GIVE_UP): AddressUpdateState.MOVED,
-    (AddressUpdateState.REFUSED, AddressUpdateInput.START): AddressUpdateState.REFUSED,
-    (AddressUpdateState.REFUSED, AddressUpdateInput.ACCEPT): AddressUpdateState.REFUSED,
-    (AddressUpdateState.REFUSED, AddressUpdateInput.REJECT): AddressUpdateState.REFUSED,
-    (AddressUpdateState.REFUSED, AddressUpdateInput.GIVE_UP): AddressUpdateState.REFUSED,
-    (AddressUpdateState.SILENT, AddressUpdateInput.START): AddressUpdateState.SILENT,
-    (AddressUpdateState.SILENT, AddressUpdateInput.ACCEPT): AddressUpdateState.SILENT,
-    (AddressUpdateState.SILENT, AddressUpdateInput.REJECT): AddressUpdateState.SILENT,
-    (AddressUpdateState.SILENT, AddressUpdateInput.GIVE_UP): AddressUpdateState.SILENT,
+TABLE: Table[AddressUpdateState, AddressUpdateInput, Never] = {
+    (AddressUpdateState.NEW, AddressUpdateInput.START): (AddressUpdateState.WAITING,),
+    (AddressUpdateState.WAITING, AddressUpdateInput.ACCEPT): (AddressUpdateState.MOVED,),
+    (AddressUpdateState.WAITING, AddressUpdateInput.REJECT): (AddressUpdateState.REFUSED,),
+    (AddressUpdateState.WAITING, AddressUpdateInput.GIVE_UP): (AddressUpdateState.SILENT,),
 }
-"""A final state is never left: duplicates of the answer change nothing."""
 
 
 class AddressUpdate(Requester[AddressUpdateState, AddressUpdateInput, AddressUpdateEvent]):

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Never
 
 from ikectx.errors import UsageError
+from ikectx.machine import Table
 from ikectx.numbers import Exchange, Protocol
 from ikectx.sa.context import Endpoint, IkeGeneration
 from ikectx.wire.ikev2 import RetransmitPolicy
@@ -46,12 +48,11 @@ class FarewellInput(Enum):
     GIVE_UP = "give up"
 
 
-TABLE: dict[tuple[FarewellState, FarewellInput], FarewellState] = {
-    (FarewellState.NEW, FarewellInput.START): FarewellState.WAITING,
-    (FarewellState.WAITING, FarewellInput.ANSWER): FarewellState.DELETED,
-    (FarewellState.WAITING, FarewellInput.GIVE_UP): FarewellState.SILENT,
+TABLE: Table[FarewellState, FarewellInput, Never] = {
+    (FarewellState.NEW, FarewellInput.START): (FarewellState.WAITING,),
+    (FarewellState.WAITING, FarewellInput.ANSWER): (FarewellState.DELETED,),
+    (FarewellState.WAITING, FarewellInput.GIVE_UP): (FarewellState.SILENT,),
 }
-"""A missing pair changes nothing."""
 
 
 class Farewell(RequesterMachine[FarewellState, FarewellInput, Silent]):

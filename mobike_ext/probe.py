@@ -19,8 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Never
 
 from ikectx.errors import UsageError
+from ikectx.machine import Table
 from ikectx.numbers import Exchange
 from ikectx.sa.context import Endpoint, IkeGeneration
 from ikectx.sa.keys import DrawnIvs
@@ -53,17 +55,16 @@ class ProbeInput(Enum):
 
 
 _S, _I = ProbeState, ProbeInput
-TABLE: dict[tuple[ProbeState, ProbeInput], ProbeState] = {
-    (_S.NEW, _I.START): _S.FIRST,
-    (_S.FIRST, _I.LATER): _S.BOTH,
-    (_S.FIRST, _I.ANSWER_FIRST): _S.SETTLED,
-    (_S.BOTH, _I.ANSWER_FIRST): _S.SECOND,
-    (_S.BOTH, _I.ANSWER_SECOND): _S.SETTLED,
-    (_S.BOTH, _I.GIVE_UP): _S.SILENT,
-    (_S.SECOND, _I.ANSWER_SECOND): _S.SETTLED,
-    (_S.SECOND, _I.GIVE_UP): _S.SILENT,
+TABLE: Table[ProbeState, ProbeInput, Never] = {
+    (_S.NEW, _I.START): (_S.FIRST,),
+    (_S.FIRST, _I.LATER): (_S.BOTH,),
+    (_S.FIRST, _I.ANSWER_FIRST): (_S.SETTLED,),
+    (_S.BOTH, _I.ANSWER_FIRST): (_S.SECOND,),
+    (_S.BOTH, _I.ANSWER_SECOND): (_S.SETTLED,),
+    (_S.BOTH, _I.GIVE_UP): (_S.SILENT,),
+    (_S.SECOND, _I.ANSWER_SECOND): (_S.SETTLED,),
+    (_S.SECOND, _I.GIVE_UP): (_S.SILENT,),
 }
-"""A missing pair changes nothing."""
 
 ALONE = 2
 """Sendings of m before m + 1 is sent, too."""

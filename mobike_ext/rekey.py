@@ -29,8 +29,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Never
 
 from ikectx.errors import RefusedError, StateError, UsageError, WireError
+from ikectx.machine import Table
 from ikectx.numbers import Exchange, KeMethod, Mode, Notify, Payload, Protocol, Status
 from ikectx.sa.context import NO_SECRET, ChildContext, IkeGeneration, Lifetime, ReplayState, Secret
 from ikectx.sa.keys import DrawnIvs, sk_keys
@@ -139,7 +141,6 @@ class RekeyInput(Enum):
 
     START = "the first sending"
     MADE = "an answer with the new SA"
-    AGAIN = "an answer that asks for another key exchange"
     BUSY = "an answer that asks for patience"
     ERROR = "an answer with another error, or once too often"
     USELESS = "an answer with an SA that is not what was asked for"
@@ -152,22 +153,21 @@ class RekeyInput(Enum):
 
 _S, _I = RekeyState, RekeyInput
 
-TABLE: dict[tuple[RekeyState, RekeyInput], RekeyState] = {
-    (_S.NEW, _I.START): _S.ASKING,
-    (_S.ASKING, _I.MADE): _S.MADE,
-    (_S.ASKING, _I.BUSY): _S.PAUSED,
-    (_S.ASKING, _I.ERROR): _S.FAILED,
-    (_S.ASKING, _I.USELESS): _S.DISCARDING,
-    (_S.ASKING, _I.GIVE_UP): _S.SILENT,
-    (_S.PAUSED, _I.PAUSE_OVER): _S.ASKING,
-    (_S.MADE, _I.INSTALLED): _S.DELETING,
-    (_S.MADE, _I.ABANDON): _S.DISCARDING,
-    (_S.DELETING, _I.DELETED): _S.DONE,
-    (_S.DELETING, _I.GIVE_UP): _S.DONE,
-    (_S.DISCARDING, _I.DELETED): _S.FAILED,
-    (_S.DISCARDING, _I.GIVE_UP): _S.FAILED,
+TABLE: Table[RekeyState, RekeyInput, Never] = {
+    (_S.NEW, _I.START): (_S.ASKING,),
+    (_S.ASKING, _I.MADE): (_S.MADE,),
+    (_S.ASKING, _I.BUSY): (_S.PAUSED,),
+    (_S.ASKING, _I.ERROR): (_S.FAILED,),
+    (_S.ASKING, _I.USELESS): (_S.DISCARDING,),
+    (_S.ASKING, _I.GIVE_UP): (_S.SILENT,),
+    (_S.PAUSED, _I.PAUSE_OVER): (_S.ASKING,),
+    (_S.MADE, _I.INSTALLED): (_S.DELETING,),
+    (_S.MADE, _I.ABANDON): (_S.DISCARDING,),
+    (_S.DELETING, _I.DELETED): (_S.DONE,),
+    (_S.DELETING, _I.GIVE_UP): (_S.DONE,),
+    (_S.DISCARDING, _I.DELETED): (_S.FAILED,),
+    (_S.DISCARDING, _I.GIVE_UP): (_S.FAILED,),
 }
-"""A missing pair changes nothing (AGAIN: another request); a final state is never left."""
 
 
 # --- the machine -------------------------------------------------------------------------------------
@@ -311,7 +311,6 @@ class _Rekey(Requester[RekeyState, RekeyInput, RekeyEvent]):
         self._ke, self._pair = other, self._key_pair(other)
         self._tried.add(other)
         self._ask()
-        self._enter(RekeyInput.AGAIN)
 
     def _use(self, message: IkeMessage) -> None:
         try:

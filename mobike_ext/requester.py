@@ -11,15 +11,14 @@ or late datagram ends an exchange. Requests of the mobile node are counted separ
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
-from typing import Generic, TypeVar
+from typing import Never
 
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import StateError, UsageError, WireError
+from ikectx.machine import EventT, InputT, StateT, Table, Talker
 from ikectx.numbers import Exchange
 from ikectx.sa.context import Endpoint, IkeGeneration
 from ikectx.sa.keys import DrawnIvs, iv_length, seal_key, sk_keys
@@ -223,10 +222,6 @@ class Asking:
 
 # --- what asks -----------------------------------------------------------------------------------------
 
-StateT = TypeVar("StateT", bound=Enum)
-InputT = TypeVar("InputT", bound=Enum)
-EventT = TypeVar("EventT")
-
 
 @dataclass(frozen=True, slots=True)
 class Silent:
@@ -236,59 +231,17 @@ class Silent:
     sent: int
 
 
-class RequesterMachine(ABC, Generic[StateT, InputT, EventT]):
+class RequesterMachine(Talker[StateT, InputT, Never, EventT]):
     """A machine that `link` runs: sends requests to the mobile node at `remote` from `local`, under the SA
-    `spis`.
+    `spis`. The marker (RFC 3948, 2.2) is part of UDP payloads."""
 
-    table: (state, input) to the next state. A missing pair changes nothing, and a state without pairs is
-    final. `now` is seconds, monotonic.
-    """
-
-    def __init__(self, asking: Asking, table: Mapping[tuple[StateT, InputT], StateT], new: StateT) -> None:
+    def __init__(self, asking: Asking, table: Table[StateT, InputT, Never], new: StateT) -> None:
+        super().__init__(table, new)
         self.local = asking.local
         self.remote = asking.remote
         self.spis = asking.spis
-        self.state = new
-        self._table = table
-        self._new = new
-        self._events: deque[EventT] = deque()
-        self._due: float | None = None
-        """When `_then` is called; a change of state cancels it."""
         self._then: Callable[[], object] = lambda: None
-
-    @property
-    def done(self) -> bool:
-        """True in a final state; `next_event` has the result."""
-        return all(state is not self.state or to is state for (state, _), to in self._table.items())
-
-    @abstractmethod
-    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads (marker included) to send now, each with its destination. The first call starts the
-        exchange."""
-
-    @abstractmethod
-    def next_timer(self) -> float | None:
-        """When `handle_timer` is due; None: never."""
-
-    @abstractmethod
-    def handle_timer(self, now: float) -> None:
-        """Time has passed; there may be something to send, or an event."""
-
-    @abstractmethod
-    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """Take a UDP payload that came to `local`. Never raises: a payload that is no answer is counted."""
-
-    def next_event(self) -> EventT | None:
-        """The next event, oldest first."""
-        return self._events.popleft() if self._events else None
-
-    def _enter(self, what: InputT, *events: EventT) -> None:
-        """Enter the next state; `events` are queued if it is a new one."""
-        new = self._table.get((self.state, what), self.state)
-        if new is not self.state:
-            self._events.extend(events)
-            self._due = None
-        self.state = new
+        """Called when the state's time is over (`_due`)."""
 
     def _later(self, due: float, then: Callable[[], object]) -> None:
         """Make `_wake` call `then` at `due`, unless the state has changed by then."""
@@ -303,9 +256,10 @@ class RequesterMachine(ABC, Generic[StateT, InputT, EventT]):
 class Requester(RequesterMachine[StateT, InputT, EventT]):
     """A machine with one request after the other. A subclass makes the requests and judges the answers."""
 
-    def __init__(self, asking: Asking, table: Mapping[tuple[StateT, InputT], StateT], new: StateT) -> None:
+    def __init__(self, asking: Asking, table: Table[StateT, InputT, Never], new: StateT) -> None:
         super().__init__(asking, table, new)
         self._asking = asking
+        self._new = new
 
     @abstractmethod
     def _begin(self) -> None:

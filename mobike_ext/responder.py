@@ -22,7 +22,6 @@ Verbs: `receive`, `answer`, `to_send`, `next_timer`, `handle_timer`, `next_event
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -31,6 +30,7 @@ from typing import Any
 
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import StateError, WireError
+from ikectx.machine import Table, Talker
 from ikectx.numbers import Exchange, Notify, Payload, Protocol
 from ikectx.sa.context import Address, Endpoint, IkeGeneration
 from ikectx.sa.keys import DrawnIvs, seal_key, sk_keys
@@ -108,45 +108,22 @@ class ResponderInput(Enum):
 class Action(Enum):
     """Actions of the machine."""
 
-    NOTHING = "nothing"
     TELL = "tell the caller"
     SEND = "seal and send the answer"
     RESEND = "send the same octets again"
 
 
-_N, _T, _S, _R = Action.NOTHING, Action.TELL, Action.SEND, Action.RESEND
+_S, _I = ResponderState, ResponderInput
 
-TABLE: dict[tuple[ResponderState, ResponderInput], tuple[ResponderState, Action]] = {
-    (ResponderState.LISTENING, ResponderInput.REQUEST): (ResponderState.ASKED, _T),
-    (ResponderState.LISTENING, ResponderInput.DUPLICATE): (ResponderState.LISTENING, _N),
-    (ResponderState.LISTENING, ResponderInput.ANSWER): (ResponderState.LISTENING, _N),
-    (ResponderState.LISTENING, ResponderInput.ANSWER_IKE): (ResponderState.LISTENING, _N),
-    (ResponderState.LISTENING, ResponderInput.ELSEWHERE): (ResponderState.LISTENING, _N),
-    (ResponderState.LISTENING, ResponderInput.EXPIRE): (ResponderState.LISTENING, _N),
-    (ResponderState.ASKED, ResponderInput.REQUEST): (ResponderState.ASKED, _N),
-    (ResponderState.ASKED, ResponderInput.DUPLICATE): (ResponderState.ASKED, _N),
-    (ResponderState.ASKED, ResponderInput.ANSWER): (ResponderState.ANSWERED, _S),
-    (ResponderState.ASKED, ResponderInput.ANSWER_IKE): (ResponderState.RETIRED, _S),
-    (ResponderState.ASKED, ResponderInput.ELSEWHERE): (ResponderState.LISTENING, _N),
-    (ResponderState.ASKED, ResponderInput.EXPIRE): (ResponderState.ASKED, _N),
-    (ResponderState.ANSWERED, ResponderInput.REQUEST): (ResponderState.ASKED, _T),
-    (ResponderState.ANSWERED, ResponderInput.DUPLICATE): (ResponderState.ANSWERED, _R),
-    (ResponderState.ANSWERED, ResponderInput.ANSWER): (ResponderState.ANSWERED, _N),
-    (ResponderState.ANSWERED, ResponderInput.ANSWER_IKE): (ResponderState.ANSWERED, _N),
-    (ResponderState.ANSWERED, ResponderInput.ELSEWHERE): (ResponderState.ANSWERED, _N),
-    (ResponderState.ANSWERED, ResponderInput.EXPIRE): (ResponderState.ANSWERED, _N),
-    (ResponderState.RETIRED, ResponderInput.REQUEST): (ResponderState.RETIRED, _N),
-    (ResponderState.RETIRED, ResponderInput.DUPLICATE): (ResponderState.RETIRED, _R),
-    (ResponderState.RETIRED, ResponderInput.ANSWER): (ResponderState.RETIRED, _N),
-    (ResponderState.RETIRED, ResponderInput.ANSWER_IKE): (ResponderState.RETIRED, _N),
-    (ResponderState.RETIRED, ResponderInput.ELSEWHERE): (ResponderState.RETIRED, _N),
-    (ResponderState.RETIRED, ResponderInput.EXPIRE): (ResponderState.CLOSED, _N),
-    (ResponderState.CLOSED, ResponderInput.REQUEST): (ResponderState.CLOSED, _N),
-    (ResponderState.CLOSED, ResponderInput.DUPLICATE): (ResponderState.CLOSED, _N),
-    (ResponderState.CLOSED, ResponderInput.ANSWER): (ResponderState.CLOSED, _N),
-    (ResponderState.CLOSED, ResponderInput.ANSWER_IKE): (ResponderState.CLOSED, _N),
-    (ResponderState.CLOSED, ResponderInput.ELSEWHERE): (ResponderState.CLOSED, _N),
-    (ResponderState.CLOSED, ResponderInput.EXPIRE): (ResponderState.CLOSED, _N),
+TABLE: Table[ResponderState, ResponderInput, Action] = {
+    (_S.LISTENING, _I.REQUEST): (_S.ASKED, Action.TELL),
+    (_S.ASKED, _I.ANSWER): (_S.ANSWERED, Action.SEND),
+    (_S.ASKED, _I.ANSWER_IKE): (_S.RETIRED, Action.SEND),
+    (_S.ASKED, _I.ELSEWHERE): (_S.LISTENING,),
+    (_S.ANSWERED, _I.REQUEST): (_S.ASKED, Action.TELL),
+    (_S.ANSWERED, _I.DUPLICATE): (_S.ANSWERED, Action.RESEND),
+    (_S.RETIRED, _I.DUPLICATE): (_S.RETIRED, Action.RESEND),
+    (_S.RETIRED, _I.EXPIRE): (_S.CLOSED,),
 }
 
 
@@ -168,7 +145,7 @@ class ResponderRole(Enum):
     WATCH = "none: charon answers, and this machine only reports"
 
 
-class SpiResponder:
+class SpiResponder(Talker[ResponderState, ResponderInput, Action, ResponderEvent]):
     """Answers the peer's UPDATE_SPI, and UPDATE_SA_ADDRESSES with or without it.
 
     expected_id: message ID of the peer's next request (`mid_responder`); with `ResponderRole.WATCH` any that
@@ -187,9 +164,9 @@ class SpiResponder:
         limit: int | None = None,
         role: ResponderRole = ResponderRole.ALL,
     ) -> None:
+        super().__init__(TABLE, ResponderState.LISTENING)
         self.local = local
         self.spis = generation.spis
-        self.state = ResponderState.LISTENING
         self.expected_id = expected_id
         self.answering = role is not ResponderRole.WATCH
         self.ignored = 0
@@ -205,7 +182,6 @@ class SpiResponder:
         self._limit = limit
         self._addresses = role is not ResponderRole.SPIS
         self._last_time: float | None = None
-        self._expires: float | None = None
         self._open: _Open | None = None
         self._arrived: list[bytes] = []
         """Datagrams of the request that is arriving."""
@@ -213,7 +189,6 @@ class SpiResponder:
         """Datagrams of the request that was answered last, with `_answer`."""
         self._answer: list[bytes] = []
         self._send: list[tuple[bytes, Endpoint]] = []
-        self._events: deque[ResponderEvent] = deque()
         keys = sk_keys(generation)
         self._key = seal_key(generation, by_initiator=generation.initiator, keys=keys)
         self._incoming = Reassembly(seal_key(generation, by_initiator=not generation.initiator, keys=keys))
@@ -228,36 +203,18 @@ class SpiResponder:
         """The IKE_SA has other SPIs now."""
         return self.state in (ResponderState.RETIRED, ResponderState.CLOSED)
 
-    @property
-    def done(self) -> bool:
-        """This SA's old SPIs need no more answers."""
-        return self.state is ResponderState.CLOSED
-
-    def next_event(self) -> ResponderEvent | None:
-        """The next event, oldest first."""
-        return self._events.popleft() if self._events else None
-
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads (marker included) to send now, each with its destination."""
         del now
         send, self._send = self._send, []
         self._count(*(datagram for datagram, _ in send))
         return send
 
-    def next_timer(self) -> float | None:
-        """When `handle_timer` is due; None: never."""
-        return self._expires
-
     def handle_timer(self, now: float) -> None:
-        """Time has passed."""
-        if self._expires is not None and now >= self._expires:
-            self._expires = None
+        if self._due is not None and now >= self._due:
             self._enter(ResponderInput.EXPIRE)
             self._answer, self._last = [], []
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """Take a UDP payload that came to `local`. Never raises: a payload that is no request here is
-        counted."""
         try:
             octets = strip_marker(datagram, self.local, source)
             message = self._request(octets, source)
@@ -272,8 +229,7 @@ class SpiResponder:
             if not self.answering:
                 self._seen(message)
             return
-        _, action = self._enter(ResponderInput.REQUEST)
-        if action is not Action.TELL:
+        if Action.TELL not in self._enter(ResponderInput.REQUEST):
             self.ignored += 1
             return
         self._answer = []  # the peer has it
@@ -305,7 +261,7 @@ class SpiResponder:
         retired = any(one.protocol is Protocol.IKE for one in decision.pairs)
         self._enter(ResponderInput.ANSWER_IKE if retired else ResponderInput.ANSWER)
         if retired:
-            self._expires = now + KEEP
+            self._due = now + KEEP
 
     def _request(self, octets: bytes, source: Endpoint) -> IkeMessage | None:
         """The authentic new request that `octets` complete; None: more fragments are missing, or a
@@ -319,7 +275,7 @@ class SpiResponder:
         if self.answering and header.message_id == last and octets in self._last:
             # the first fragment represents a fragmented request (RFC 7383, 2.6.1)
             first = header.next_payload != Payload.SKF or octets[32:34] == b"\0\1"
-            if first and self._enter(ResponderInput.DUPLICATE)[1] is Action.RESEND:
+            if first and Action.RESEND in self._enter(ResponderInput.DUPLICATE):
                 self._send += [(one, source) for one in self._answer]
             return None
         current = header.message_id == self.expected_id
@@ -382,11 +338,6 @@ class SpiResponder:
         self.expected_id = message.header.message_id + 1
         self._enter(ResponderInput.ELSEWHERE)
         self._arrived = []
-
-    def _enter(self, what: ResponderInput) -> tuple[ResponderState, Action]:
-        entered = TABLE[self.state, what]
-        self.state = entered[0]
-        return entered
 
     def _count(self, *datagrams: bytes) -> None:
         self.messages += len(datagrams)

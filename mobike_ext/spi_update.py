@@ -21,9 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Never
 
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import UsageError, WireError
+from ikectx.machine import Table
 from ikectx.numbers import Exchange, Notify, Protocol
 from ikectx.sa.context import Endpoint
 from ikectx.sa.keys import DrawnIvs
@@ -145,36 +147,35 @@ class SpiUpdateInput(Enum):
 
 _S, _I = SpiUpdateState, SpiUpdateInput
 
-TABLE: dict[tuple[SpiUpdateState, SpiUpdateInput], SpiUpdateState] = {
-    (_S.NEW, _I.START): _S.WAITING,
-    (_S.WAITING, _I.ACCEPT): _S.RENAMED,
-    (_S.WAITING, _I.DENY): _S.REFUSED,
-    (_S.WAITING, _I.BUSY): _S.PAUSED,
-    (_S.WAITING, _I.PLAIN): _S.UNSUPPORTED,
-    (_S.WAITING, _I.PLAIN_YET): _S.MIRROR,
-    (_S.WAITING, _I.REJECT): _S.REJECTED,
-    (_S.WAITING, _I.MIRRORED): _S.AGREED,
-    (_S.WAITING, _I.GIVE_UP): _S.SILENT,
-    (_S.AGREED, _I.ACCEPT): _S.RENAMED,
-    (_S.AGREED, _I.DENY): _S.RENAMED,
-    (_S.AGREED, _I.BUSY): _S.RENAMED,
-    (_S.AGREED, _I.PLAIN): _S.RENAMED,
-    (_S.AGREED, _I.PLAIN_YET): _S.RENAMED,
-    (_S.AGREED, _I.REJECT): _S.REJECTED,
-    (_S.AGREED, _I.GIVE_UP): _S.RENAMED,
-    (_S.PAUSED, _I.MIRRORED): _S.RENAMED,
-    (_S.PAUSED, _I.PAUSE_OVER): _S.AGAIN,
-    (_S.AGAIN, _I.ACCEPT): _S.RENAMED,
-    (_S.AGAIN, _I.DENY): _S.REFUSED,
-    (_S.AGAIN, _I.BUSY): _S.REFUSED,
-    (_S.AGAIN, _I.PLAIN): _S.UNSUPPORTED,
-    (_S.AGAIN, _I.PLAIN_YET): _S.MIRROR,
-    (_S.AGAIN, _I.MIRRORED): _S.AGREED,
-    (_S.AGAIN, _I.GIVE_UP): _S.SILENT,
-    (_S.MIRROR, _I.MIRRORED): _S.RENAMED,
-    (_S.MIRROR, _I.LATE): _S.UNSUPPORTED,
+TABLE: Table[SpiUpdateState, SpiUpdateInput, Never] = {
+    (_S.NEW, _I.START): (_S.WAITING,),
+    (_S.WAITING, _I.ACCEPT): (_S.RENAMED,),
+    (_S.WAITING, _I.DENY): (_S.REFUSED,),
+    (_S.WAITING, _I.BUSY): (_S.PAUSED,),
+    (_S.WAITING, _I.PLAIN): (_S.UNSUPPORTED,),
+    (_S.WAITING, _I.PLAIN_YET): (_S.MIRROR,),
+    (_S.WAITING, _I.REJECT): (_S.REJECTED,),
+    (_S.WAITING, _I.MIRRORED): (_S.AGREED,),
+    (_S.WAITING, _I.GIVE_UP): (_S.SILENT,),
+    (_S.AGREED, _I.ACCEPT): (_S.RENAMED,),
+    (_S.AGREED, _I.DENY): (_S.RENAMED,),
+    (_S.AGREED, _I.BUSY): (_S.RENAMED,),
+    (_S.AGREED, _I.PLAIN): (_S.RENAMED,),
+    (_S.AGREED, _I.PLAIN_YET): (_S.RENAMED,),
+    (_S.AGREED, _I.REJECT): (_S.REJECTED,),
+    (_S.AGREED, _I.GIVE_UP): (_S.RENAMED,),
+    (_S.PAUSED, _I.MIRRORED): (_S.RENAMED,),
+    (_S.PAUSED, _I.PAUSE_OVER): (_S.AGAIN,),
+    (_S.AGAIN, _I.ACCEPT): (_S.RENAMED,),
+    (_S.AGAIN, _I.DENY): (_S.REFUSED,),
+    (_S.AGAIN, _I.BUSY): (_S.REFUSED,),
+    (_S.AGAIN, _I.PLAIN): (_S.UNSUPPORTED,),
+    (_S.AGAIN, _I.PLAIN_YET): (_S.MIRROR,),
+    (_S.AGAIN, _I.MIRRORED): (_S.AGREED,),
+    (_S.AGAIN, _I.GIVE_UP): (_S.SILENT,),
+    (_S.MIRROR, _I.MIRRORED): (_S.RENAMED,),
+    (_S.MIRROR, _I.LATE): (_S.UNSUPPORTED,),
 }
-"""A missing pair changes nothing; a final state is never left."""
 
 _OPEN = (
     SpiUpdateState.WAITING,

@@ -14,11 +14,11 @@ import pytest
 
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.journal import JournalEntry
-from ikectx.engine.machine import Machine
 from ikectx.engine.ports import Address as Wish
 from ikectx.engine.ports import ContextSink, ContextSource, Evidence, MoveReport, RelayTo, Stand, Way
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, StoreError, UnknownSaError
 from ikectx.gateway import Gateway
+from ikectx.machine import Machine
 from ikectx.net.links import Dial, Stream
 from ikectx.numbers import Encr, Fpt, IdType, KeMethod, Prf, Status
 from ikectx.peer import PeerConfig
@@ -75,7 +75,7 @@ def check_pair(
     if pair in ignored:
         assert machine.feed(what, 1.0) == ()
     else:
-        with pytest.raises(StateError, match=f"{what} cannot happen to a transfer that is {state}"):
+        with pytest.raises(StateError, match=f"{what} cannot happen in the state {state}"):
             machine.feed(what, 1.0)
     assert machine.state is state
 

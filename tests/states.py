@@ -38,18 +38,11 @@ class Chart:
 
 
 def rows_of(table: Mapping[Any, Any]) -> tuple[Row, ...]:
-    """The rows of any of the tables, in their order: (state, input) to state, or to (state, *actions)."""
-    found: list[Row] = []
-    for (state, what), entered in table.items():
-        after, *actions = entered if isinstance(entered, tuple) else (entered,)
-        row = (
-            _word(state),
-            _word(what),
-            _word(after),
-            tuple(word for one in actions if (word := _word(one)) != "nothing"),
-        )
-        if row[0] != row[2] or row[3]:  # a complete table also names what changes nothing
-            found.append(row)
+    """The rows of a table (`ikectx.machine.Table`), those of a state together."""
+    found = [
+        (_word(state), _word(what), _word(after), tuple(map(_word, actions)))
+        for (state, what), (after, *actions) in table.items()
+    ]
     order = list(dict.fromkeys(state for state, *_ in found))
     return tuple(sorted(found, key=lambda row: order.index(row[0])))
 

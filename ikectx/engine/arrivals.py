@@ -14,7 +14,7 @@ source and each other gateway.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from ipaddress import ip_address
 
@@ -27,6 +27,7 @@ from ikectx.errors import (
     UnknownSaError,
     WireError,
 )
+from ikectx.machine import Machine, Table
 from ikectx.numbers import Fpt, Status
 from ikectx.peer import PeerConfig
 from ikectx.rates import one_source
@@ -40,7 +41,6 @@ from .effects import Epochs, Export, Find, FindEpochs, FindLatest, NewNames, Rec
 from .grants import UsedTokens
 from .inbox import Inbox, Inboxes
 from .journaled import MobileConfig, Parts
-from .machine import Machine
 from .new_gateway import Incoming
 from .occasion import Occasion
 from .old_gateway import Outgoing
@@ -98,7 +98,7 @@ class ArrivalAction(StrEnum):
 
 _S, _I, _A = ArrivalState, ArrivalInput, ArrivalAction
 
-ARRIVAL_TABLE: Mapping[tuple[ArrivalState, ArrivalInput], tuple[ArrivalState, *tuple[ArrivalAction, ...]]] = {
+ARRIVAL_TABLE: Table[ArrivalState, ArrivalInput, ArrivalAction] = {
     (_S.NEW, _I.ANNOUNCE): (_S.ANNOUNCING, _A.OFFER),
     (_S.NEW, _I.HELD): (_S.INSTALLING, _A.INSTALL),
     (_S.NEW, _I.UNKNOWN): (_S.ASKING, _A.ASK),
@@ -169,16 +169,14 @@ class Arrival:
         self.source = source
         self.until = until
         """When the CTAR may be forgotten, seconds since 1970."""
-        self.machine: Machine[ArrivalState, ArrivalInput, ArrivalAction] = Machine(
-            ARRIVAL_TABLE, ARRIVAL_IGNORED, ArrivalState.NEW, 0.0, timers={}
-        )
+        self.machine = Machine(ARRIVAL_TABLE, ArrivalState.NEW, ignored=ARRIVAL_IGNORED)
         self.answer: bytes | None = None
         self.refused: bytes = b""
         """The transfer to here that a refusal with a tag was about."""
 
     def feed(self, what: ArrivalInput) -> bytes | None:
         """Take an input; returns the CTAA if it is to be sent now."""
-        actions = self.machine.feed(what, 0.0)
+        actions = self.machine.feed(what)
         return self.answer if ArrivalAction.ANSWER in actions and self.message.acknowledge else None
 
     @property

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from ikectx.errors import ConfigError, IkectxError, StateError, StoreError
+from ikectx.machine import Machine
 from ikectx.numbers import Status
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import FinalState, IkeContext
@@ -19,7 +20,6 @@ from .audit_line import audit_line
 from .effects import FindLatest, Step, Write
 from .journal import JournalEntry, JournalHas
 from .lines import Lines
-from .machine import Machine
 from .outputs import Report
 from .procedures import Do, Pause, Scheduler, Steps, log
 from .report import TransferEvent, TransferReport

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
+from ikectx.machine import Machine
+
 from .lines import Question
-from .machine import Machine
 from .procedures import Event, Process, Steps
 from .tables import SourceAction, SourceInput, SourceState
 

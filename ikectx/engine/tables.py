@@ -30,15 +30,14 @@ Messages are those of RFC 4067; a transfer_id names one attempt and is never use
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 
+from ikectx.machine import Machine, Table
 from ikectx.numbers import Status
 from ikectx.sa.context import FinalState, IkeContext
 from ikectx.sa.verdict import Verdict
 from ikectx.timing import Timing
-
-from .machine import Machine
 
 OSEQ_JUMP = 1 << 20
 """Outbound sequence numbers left unused between two owners (packets): at most so many, fewer are allowed.
@@ -165,7 +164,7 @@ class TargetAction(StrEnum):
 _S, _SI, _SA = SourceState, SourceInput, SourceAction
 _T, _TI, _TA = TargetState, TargetInput, TargetAction
 
-SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple[SourceAction, ...]]] = {
+SOURCE_TABLE: Table[SourceState, SourceInput, SourceAction] = {
     # export is under way; nothing is anywhere yet
     (_S.NEW, _SI.OK): (_S.OFFERED, _SA.SEND_PCTD),
     (_S.NEW, _SI.BUSY): (_S.KEPT,),
@@ -230,7 +229,7 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
     (_S.THAWING, _SI.RESTART): (_S.THAWING, _SA.THAW),
 }
 
-TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple[TargetAction, ...]]] = {
+TARGET_TABLE: Table[TargetState, TargetInput, TargetAction] = {
     (_T.NEW, _TI.PCTD): (_T.CHECKING, _TA.CHECK),
     # a CTD without an offer: remember the refusal, because a late PCTD must not revive the transfer
     (_T.NEW, _TI.CTD): (_T.ABORTED, _TA.ANSWER),
@@ -372,13 +371,13 @@ def new_source(now: float, timing: Timing, state: SourceState = SourceState.NEW)
         SourceState.AWAITING: timing.predictive,
         SourceState.RELEASED: timing.confirm,
     }
-    return Machine(SOURCE_TABLE, SOURCE_IGNORED, state, now, timers=timers)
+    return Machine(SOURCE_TABLE, state, ignored=SOURCE_IGNORED, timers=timers, now=now)
 
 
 def new_target(now: float, timing: Timing, state: TargetState = TargetState.NEW) -> TargetMachine:
     """A target machine; `state` is the journal's after a restart."""
     timers = {TargetState.PREPARED: timing.hold, TargetState.HELD: timing.predictive}
-    return Machine(TARGET_TABLE, TARGET_IGNORED, state, now, timers=timers)
+    return Machine(TARGET_TABLE, state, ignored=TARGET_IGNORED, timers=timers, now=now)
 
 
 # -- epochs ----------------------------------------------------------------------------------------------

@@ -20,21 +20,17 @@ Under load a gateway asks for a cookie (`cookies`): the CTAR is sent once more, 
 front. Anybody can ask so; more than `COOKIES` requests for one sending are ignored.
 
 Retransmissions repeat the octets, after 2 s doubling to 15 s (CT_REQUEST_RETRY, CT_RETRY_MAX).
-
-Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`, and `moved`, `cancel`; `now` is
-seconds, monotonic.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any
+from typing import Any, Never
 
 from ikectx.errors import UsageError, WireError
+from ikectx.machine import Table, Talker
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, Endpoint, IkeGeneration
 from ikectx.wire.cookies import asked, with_cookie
@@ -78,61 +74,37 @@ class MobileInput(StrEnum):
     ACCEPT = "accept"
     REJECT = "reject"
     FALL_BACK = "fall-back"
-    RESEND = "resend"
     GIVE_UP = "give-up"
     CANCEL = "cancel"
 
 
 _S, _I = MobileState, MobileInput
 
-MOBILE_TABLE: Mapping[tuple[MobileState, MobileInput], MobileState] = {
-    (_S.NEW, _I.ANNOUNCE): _S.ANNOUNCING,
-    (_S.NEW, _I.MOVED): _S.ARRIVING,
-    (_S.NEW, _I.ACCEPT): _S.NEW,
-    (_S.NEW, _I.REJECT): _S.NEW,
-    (_S.NEW, _I.FALL_BACK): _S.NEW,
-    (_S.NEW, _I.RESEND): _S.NEW,
-    (_S.NEW, _I.GIVE_UP): _S.NEW,
-    (_S.NEW, _I.CANCEL): _S.CANCELLED,
+MOBILE_TABLE: Table[MobileState, MobileInput, Never] = {
+    (_S.NEW, _I.ANNOUNCE): (_S.ANNOUNCING,),
+    (_S.NEW, _I.MOVED): (_S.ARRIVING,),
+    (_S.NEW, _I.CANCEL): (_S.CANCELLED,),
     # The CTAR to the old gateway was sent. The mobile node may move before its answer arrives: the new
     # gateway then has the context already or asks for it.
-    (_S.ANNOUNCING, _I.ANNOUNCE): _S.ANNOUNCING,
-    (_S.ANNOUNCING, _I.MOVED): _S.ARRIVING,
-    (_S.ANNOUNCING, _I.ACCEPT): _S.PREPARED,
-    (_S.ANNOUNCING, _I.REJECT): _S.REFUSED,
-    (_S.ANNOUNCING, _I.FALL_BACK): _S.UNPREPARED,
-    (_S.ANNOUNCING, _I.RESEND): _S.ANNOUNCING,
-    (_S.ANNOUNCING, _I.GIVE_UP): _S.SILENT,
-    (_S.ANNOUNCING, _I.CANCEL): _S.CANCELLED,
+    (_S.ANNOUNCING, _I.MOVED): (_S.ARRIVING,),
+    (_S.ANNOUNCING, _I.ACCEPT): (_S.PREPARED,),
+    (_S.ANNOUNCING, _I.REJECT): (_S.REFUSED,),
+    (_S.ANNOUNCING, _I.FALL_BACK): (_S.UNPREPARED,),
+    (_S.ANNOUNCING, _I.GIVE_UP): (_S.SILENT,),
+    (_S.ANNOUNCING, _I.CANCEL): (_S.CANCELLED,),
     # the new gateway has the context; both gateways forget it if the mobile node does not come
-    (_S.PREPARED, _I.ANNOUNCE): _S.PREPARED,
-    (_S.PREPARED, _I.MOVED): _S.ARRIVING,
-    (_S.PREPARED, _I.ACCEPT): _S.PREPARED,
-    (_S.PREPARED, _I.REJECT): _S.PREPARED,
-    (_S.PREPARED, _I.FALL_BACK): _S.UNPREPARED,
-    (_S.PREPARED, _I.RESEND): _S.PREPARED,
-    (_S.PREPARED, _I.GIVE_UP): _S.SILENT,
-    (_S.PREPARED, _I.CANCEL): _S.CANCELLED,
+    (_S.PREPARED, _I.MOVED): (_S.ARRIVING,),
+    (_S.PREPARED, _I.FALL_BACK): (_S.UNPREPARED,),
+    (_S.PREPARED, _I.GIVE_UP): (_S.SILENT,),
+    (_S.PREPARED, _I.CANCEL): (_S.CANCELLED,),
     # waits for the move as long as the caller does
-    (_S.UNPREPARED, _I.ANNOUNCE): _S.UNPREPARED,
-    (_S.UNPREPARED, _I.MOVED): _S.ARRIVING,
-    (_S.UNPREPARED, _I.ACCEPT): _S.UNPREPARED,
-    (_S.UNPREPARED, _I.REJECT): _S.UNPREPARED,
-    (_S.UNPREPARED, _I.FALL_BACK): _S.UNPREPARED,
-    (_S.UNPREPARED, _I.RESEND): _S.UNPREPARED,
-    (_S.UNPREPARED, _I.GIVE_UP): _S.UNPREPARED,
-    (_S.UNPREPARED, _I.CANCEL): _S.CANCELLED,
+    (_S.UNPREPARED, _I.MOVED): (_S.ARRIVING,),
+    (_S.UNPREPARED, _I.CANCEL): (_S.CANCELLED,),
     # the CTAR to the new gateway was sent, and may take effect whatever happens here
-    (_S.ARRIVING, _I.ANNOUNCE): _S.ARRIVING,
-    (_S.ARRIVING, _I.MOVED): _S.ARRIVING,
-    (_S.ARRIVING, _I.ACCEPT): _S.ACTIVATED,
-    (_S.ARRIVING, _I.REJECT): _S.REFUSED,
-    (_S.ARRIVING, _I.FALL_BACK): _S.ARRIVING,
-    (_S.ARRIVING, _I.RESEND): _S.ARRIVING,
-    (_S.ARRIVING, _I.GIVE_UP): _S.SILENT,
-    (_S.ARRIVING, _I.CANCEL): _S.SILENT,
-    # final states are never left
-    **{(end, what): end for end in (_S.ACTIVATED, _S.REFUSED, _S.SILENT, _S.CANCELLED) for what in _I},
+    (_S.ARRIVING, _I.ACCEPT): (_S.ACTIVATED,),
+    (_S.ARRIVING, _I.REJECT): (_S.REFUSED,),
+    (_S.ARRIVING, _I.GIVE_UP): (_S.SILENT,),
+    (_S.ARRIVING, _I.CANCEL): (_S.SILENT,),
 }
 
 MOBILE_FINAL = frozenset({_S.ACTIVATED, _S.REFUSED, _S.SILENT, _S.CANCELLED})
@@ -302,7 +274,7 @@ _LEAVING = (ContextDataBlock(Fpt.LEAVING, b""),)
 # --- the machine -------------------------------------------------------------------------------------------
 
 
-class Handover:
+class Handover(Talker[MobileState, MobileInput, Never, HandoverEvent]):
     """Moves the mobile node's IKE_SA `generation` along `route`; the first `to_send` starts it.
 
     sequence: 32 fresh random bits, of this handover alone. unix: seconds since 1970 when `now` is 0. care_of:
@@ -323,6 +295,7 @@ class Handover:
         limits: Limits | None = None,
         expects: int | None = None,
     ) -> None:
+        super().__init__(MOBILE_TABLE, MobileState.NEW)
         self.mode = mode
         self.mn = route.mn
         self.psg = route.psg
@@ -335,7 +308,6 @@ class Handover:
 
         Packets for it may then be held at the new gateway until it arrives.
         """
-        self.state = MobileState.NEW
         self.ignored = 0
         """Datagrams that were no answer to this handover: forged, damaged, late, from elsewhere."""
         self._key = token_key(generation, sequence)
@@ -345,22 +317,15 @@ class Handover:
         self._retry = limits.retry
         self._lifetime = limits.lifetime
         self._hold = limits.hold
-        self._events: deque[HandoverEvent] = deque()
         self._octets = b""
         self._cookies = 0
         """Cookies that were asked for since the last sending by timer."""
         self._send_now = False
         self._sent = 0
-        self._due: float | None = None
         self._deadline: float | None = None
         self._untagged_after = 0
         """The sending (1 is the first) after which a refusal without a tag came."""
         self._outcome = HandoverOutcome(MobileState.NEW)
-
-    @property
-    def done(self) -> bool:
-        """True in a final state."""
-        return self.state in MOBILE_FINAL
 
     @property
     def care_of(self) -> Endpoint | None:
@@ -375,14 +340,13 @@ class Handover:
     # the verbs
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads to send now, each with its destination."""
         if self.state is MobileState.NEW:
             if self.mode is HandoverMode.REACTIVE:
                 self.moved(self._care_of, now)
             else:
                 self._enter(MobileInput.ANNOUNCE)
                 self._ask(Purpose.ANNOUNCE, None, now)
-        if not self._send_now:
+        if not (self._send_now and self._waits):
             return []
         self._send_now = False
         if self._cookies:
@@ -395,18 +359,11 @@ class Handover:
         self._due = min(now + self._retry.wait(self._sent), self._deadline)
         return [(self._octets, self._to.cxtp)]
 
-    def next_timer(self) -> float | None:
-        """When `handle_timer` is due; None: never."""
-        return self._due
-
     def handle_timer(self, now: float) -> None:
-        """Time has passed; there may be something to send, or the end."""
         if self._due is None or now < self._due:
             return
         self._due = None
-        waiting = self.state in (MobileState.ANNOUNCING, MobileState.ARRIVING)
-        if waiting and self._deadline is not None and now < self._deadline:
-            self._enter(MobileInput.RESEND)
+        if self._waits and self._deadline is not None and now < self._deadline:
             self._send_now, self._cookies = True, 0
         elif self.state is MobileState.ARRIVING or self.mode is not HandoverMode.AUTO:
             self._give_up(MobileInput.GIVE_UP)
@@ -414,9 +371,7 @@ class Handover:
             self._fall_back(())
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """Take a UDP payload that came from `source`. Never raises: a payload that is no answer is
-        counted."""
-        if self.state not in (MobileState.ANNOUNCING, MobileState.ARRIVING):
+        if not self._waits:
             self.ignored += 1
             return
         try:
@@ -444,10 +399,6 @@ class Handover:
             self._know(statuses=ctaa.statuses, blocks=ctaa.blocks, authentic=True, expected=expected)
             self._enter(MobileInput.ACCEPT, Activated(ctaa))
 
-    def next_event(self) -> HandoverEvent | None:
-        """The next event, oldest first."""
-        return self._events.popleft() if self._events else None
-
     def moved(self, care_of: Endpoint | None, now: float) -> None:
         """The MN is at its new place, `care_of` its outer IKE endpoint there (None: it does not know it).
 
@@ -468,6 +419,11 @@ class Handover:
             self._enter(MobileInput.CANCEL, HandoverCancelled())
 
     # inside
+
+    @property
+    def _waits(self) -> bool:
+        """A CTAR was sent, or is to be sent."""
+        return self.state in (MobileState.ANNOUNCING, MobileState.ARRIVING)
 
     @property
     def _purpose(self) -> Purpose:
@@ -547,13 +503,6 @@ class Handover:
             octets=seen.octets + len(octets),
             retransmissions=seen.retransmissions + again,
         )
-
-    def _enter(self, what: MobileInput, *events: HandoverEvent) -> None:
-        new = MOBILE_TABLE[self.state, what]
-        if new is not self.state:
-            self._events.extend(events)
-            self._send_now, self._due = False, None
-        self.state = new
 
 
 def _in_family(address: Address, mn: Address) -> Address:

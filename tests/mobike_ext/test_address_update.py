@@ -322,7 +322,7 @@ def test_every_cell_of_the_table(state: AddressUpdateState, what: AddressUpdateI
         (AddressUpdateState.WAITING, AddressUpdateInput.REJECT): AddressUpdateState.REFUSED,
         (AddressUpdateState.WAITING, AddressUpdateInput.GIVE_UP): AddressUpdateState.SILENT,
     }
-    assert TABLE[state, what] is expected.get((state, what), state)
+    assert TABLE.get((state, what), (state,)) == (expected.get((state, what), state),)
 
 
 def test_wrong_arguments() -> None:

@@ -35,7 +35,7 @@ def farewell(*ids: int) -> Farewell:
 
 def test_every_cell_of_the_table() -> None:
     assert set(TABLE) <= {(state, what) for state in FarewellState for what in FarewellInput}
-    assert {to for to in TABLE.values()} == {
+    assert {to for (to,) in TABLE.values()} == {
         FarewellState.WAITING,
         FarewellState.DELETED,
         FarewellState.SILENT,

@@ -165,7 +165,7 @@ def test_every_cell_of_the_table(state: ProbeState, what: ProbeInput) -> None:
         (ProbeState.SECOND, ProbeInput.ANSWER_SECOND): ProbeState.SETTLED,
         (ProbeState.SECOND, ProbeInput.GIVE_UP): ProbeState.SILENT,
     }
-    assert TABLE.get((state, what), state) is expected.get((state, what), state)
+    assert TABLE.get((state, what), (state,)) == (expected.get((state, what), state),)
 
 
 def test_two_requests_do_not_share_an_iv() -> None:

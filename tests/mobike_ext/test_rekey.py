@@ -409,4 +409,4 @@ def test_every_cell_of_the_table(state: RekeyState, what: RekeyInput) -> None:
         (RekeyState.DISCARDING, RekeyInput.DELETED): RekeyState.FAILED,
         (RekeyState.DISCARDING, RekeyInput.GIVE_UP): RekeyState.FAILED,
     }
-    assert TABLE.get((state, what), state) is expected.get((state, what), state)
+    assert TABLE.get((state, what), (state,)) == (expected.get((state, what), state),)

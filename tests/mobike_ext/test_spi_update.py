@@ -517,7 +517,7 @@ def test_every_cell_of_the_table(state: SpiUpdateState, what: SpiUpdateInput) ->
         SpiUpdateState.PAUSED: settled | {SpiUpdateInput.PAUSE_OVER: SpiUpdateState.AGAIN},
         SpiUpdateState.MIRROR: settled | {SpiUpdateInput.LATE: SpiUpdateState.UNSUPPORTED},
     }
-    assert TABLE.get((state, what), state) is expected.get(state, {}).get(what, state)
+    assert TABLE.get((state, what), (state,)) == (expected.get(state, {}).get(what, state),)
     assert state not in ENDS or (state, what) not in TABLE
 
 

@@ -17,9 +17,9 @@ from ikectx.engine.arrivals import (
     ArrivalState,
     endpoint,
 )
-from ikectx.engine.machine import Machine
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import BusyError, RefusedError
+from ikectx.machine import Machine
 from ikectx.numbers import Status
 from ikectx.sa.context import Endpoint, IkeContext
 from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, CtReq, Pctd, TokenAlgorithm
@@ -34,7 +34,7 @@ from tests.worlds import FAST, until, world
 
 @pytest.mark.parametrize(("state", "what"), list(product(ArrivalState, ArrivalInput)))
 def test_every_arrival_pair(state: ArrivalState, what: ArrivalInput) -> None:
-    machine = Machine(ARRIVAL_TABLE, ARRIVAL_IGNORED, state, 0.0, timers={})
+    machine = Machine(ARRIVAL_TABLE, state, ignored=ARRIVAL_IGNORED)
     check_pair(machine, ARRIVAL_TABLE, ARRIVAL_IGNORED, what)
 
 

@@ -110,18 +110,16 @@ def in_state(state: MobileState, mode: HandoverMode = HandoverMode.AUTO) -> Hand
 # the table
 
 
-def test_the_table_knows_every_pair() -> None:
-    assert set(MOBILE_TABLE) == set(itertools.product(S, I))
-    assert {MOBILE_TABLE[end, what] for end in MOBILE_FINAL for what in I} == MOBILE_FINAL
-    for end in MOBILE_FINAL:
-        assert all(MOBILE_TABLE[end, what] is end for what in I)
+def test_a_final_state_is_never_left() -> None:
+    assert MOBILE_FINAL.isdisjoint(state for state, _ in MOBILE_TABLE)
+    assert {state for state, _ in MOBILE_TABLE} | MOBILE_FINAL == set(S)
 
 
 def test_only_an_accepted_arrival_activates() -> None:
-    ways = {pair for pair, new in MOBILE_TABLE.items() if new is S.ACTIVATED and pair[0] is not S.ACTIVATED}
-    assert ways == {(S.ARRIVING, I.ACCEPT)}
+    assert [pair for pair, new in MOBILE_TABLE.items() if new == (S.ACTIVATED,)] == [(S.ARRIVING, I.ACCEPT)]
     # what is left once the arrival is out is an end that is honest about it
-    assert {MOBILE_TABLE[S.ARRIVING, what] for what in I} == {S.ARRIVING, S.ACTIVATED, S.REFUSED, S.SILENT}
+    ends = {new for (state, _), (new,) in MOBILE_TABLE.items() if state is S.ARRIVING}
+    assert ends == {S.ACTIVATED, S.REFUSED, S.SILENT}
 
 
 def drive(machine: Handover, what: MobileInput) -> None:
@@ -136,8 +134,6 @@ def drive(machine: Handover, what: MobileInput) -> None:
             machine.receive(answer(purpose), router.cxtp, 0)
         case I.REJECT:
             machine.receive(answer(purpose, BUSY), router.cxtp, 0)
-        case I.RESEND:
-            machine.handle_timer(2.0)
         case I.GIVE_UP | I.FALL_BACK:
             while (due := machine.next_timer()) is not None and machine.state is not S.UNPREPARED:
                 machine.handle_timer(due)
@@ -147,20 +143,19 @@ def drive(machine: Handover, what: MobileInput) -> None:
 
 
 @pytest.mark.parametrize("mode", [HandoverMode.PREDICTIVE, HandoverMode.AUTO])
-@pytest.mark.parametrize(("state", "what"), MOBILE_TABLE)
+@pytest.mark.parametrize(("state", "what"), list(itertools.product(S, I)))
 def test_every_pair(state: MobileState, what: MobileInput, mode: HandoverMode) -> None:
     falls_back = mode is HandoverMode.AUTO and state in (S.ANNOUNCING, S.PREPARED)
     if (state is S.UNPREPARED and mode is HandoverMode.PREDICTIVE) or (
         what is I.FALL_BACK and not falls_back
     ):
-        assert MOBILE_TABLE[state, I.FALL_BACK] in (state, S.UNPREPARED)
         return  # does not happen
     taken = what
     if falls_back and (what is I.GIVE_UP or (state, what) == (S.ANNOUNCING, I.REJECT)):
         taken = I.FALL_BACK
     machine = in_state(state, mode)
     drive(machine, what)
-    expected = MOBILE_TABLE[state, taken]
+    (expected,) = MOBILE_TABLE.get((state, taken), (state,))
     assert machine.state is expected
     if expected in MOBILE_FINAL and state not in MOBILE_FINAL:
         assert len(events(machine)) == 1
