@@ -124,7 +124,7 @@ def tell(path: str, packet: bytes, *, answer: bool) -> None:
                 sock.settimeout(DOWN_PATIENCE)
                 sock.recv(4096)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
+        why = (isinstance(error, OSError) and error.strerror) or error
         print(f"ikectx: the agent on {path!r} was not told, or is silent: {why}")
 
 

@@ -41,7 +41,7 @@ class LogLimit(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is within the limit."""
-        if getattr(record, "tells_count", False):
+        if vars(record).get("tells_count"):
             return True
         now = self._now()
         self._end(now - PERIOD)

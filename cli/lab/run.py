@@ -103,7 +103,8 @@ class ScenarioRunner:
             for check in self._scenario.checks:
                 report.checks.append({"name": check.name or check.run, **self._try(check)})
         except (IkectxError, OSError) as error:
-            report.error = str(error) + (f" ({hint})" if (hint := getattr(error, "hint", "")) else "")
+            hint = error.hint if isinstance(error, IkectxError) else ""
+            report.error = str(error) + (f" ({hint})" if hint else "")
         finally:
             self._abandon()
         report.seconds = round(time.monotonic() - began, 1)

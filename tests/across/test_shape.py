@@ -69,6 +69,31 @@ def test_no_constructor_takes_more_than_eight_arguments() -> None:
     assert many == [], "more than eight in an order"
 
 
+def test_no_function_takes_more_than_eight_arguments_in_an_order() -> None:
+    """Those of a command are its options, which click gives by name."""
+    many = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if len(node.args.posonlyargs) + len(node.args.args) > ARGUMENTS
+        if not any("command" in ast.unparse(one) for one in node.decorator_list)
+    ]
+    assert many == []
+
+
+def test_nothing_asks_an_object_whether_it_has_a_method() -> None:
+    """A port has plain methods, with defaults for those that a daemon may lack."""
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in FILES
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if node.func.id == "hasattr" or (node.func.id == "getattr" and isinstance(node.args[1], ast.Constant))
+    ]
+    assert found == []
+
+
 def test_no_module_has_more_than_six_hundred_lines() -> None:
     found = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
     assert {name: count for name, count in found.items() if count > LINES} == {}
