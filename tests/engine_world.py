@@ -555,11 +555,12 @@ class World:
     leftovers: tuple[str, ...] = ()
     """States of an SA beside frozen in which a gateway may clear it away that has let it go."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, mode: str = "", weather: Weather | None = None) -> None:
+        """`mode`, `weather`: else by the seed."""
         dice = self.dice = random.Random(seed)
-        self.mode = MODES[seed % len(MODES)]
+        self.mode = mode or MODES[seed % len(MODES)]
         self.now = 0.0
-        self.weather = Weather(
+        self.weather = weather or Weather(
             cut=dice.choice((0.0, 0.05, 0.2)),
             fail=dice.choice((0.0, 0.0, 0.05, 0.15)),
             slow=dice.choice((0.0, 0.0, 0.03)),
