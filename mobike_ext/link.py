@@ -10,9 +10,9 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
-from ikectx.clock import Clock, MonotonicClock
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import LinkError, RefusedError
 from ikectx.numbers import Status
@@ -45,7 +45,6 @@ _ANSWER_OCTETS = 256
 
 async def _run(
     machine: RequesterMachine[Any, Any, Any],
-    clock: Clock,
     mark: int,
     heard: Callable[[], bool] | None = None,
     seen: Callable[[], None] = lambda: None,
@@ -59,16 +58,16 @@ async def _run(
     trouble = ""
     with open_raw(machine.local, machine.remote, machine.spis, mark=mark) as raw:
         while not machine.done and machine.state is not rest:
-            trouble = _send(raw, machine.to_send(clock.now())) or trouble
+            trouble = _send(raw, machine.to_send(monotonic())) or trouble
             due = machine.next_timer()
-            wait = max(0.0, due - clock.now()) if due is not None else 0.0
+            wait = max(0.0, due - monotonic()) if due is not None else 0.0
             received = await raw.receive(min(wait, _PROOF_INTERVAL) if heard else wait)
             if received is not None:
-                machine.receive(*received, clock.now())
-            machine.handle_timer(clock.now())
+                machine.receive(*received, monotonic())
+            machine.handle_timer(monotonic())
             if heard is not None and not machine.done and heard():
                 seen()
-        _send(raw, machine.to_send(clock.now()))  # an answer to the peer may still be unsent
+        _send(raw, machine.to_send(monotonic()))  # an answer to the peer may still be unsent
     events: list[object] = []
     while (event := machine.next_event()) is not None:
         events.append(event)
@@ -111,14 +110,11 @@ class UpdateReport:
 
     move: MoveReport
     nat: PeerNatChanged | None = None
-    peer_requests: int = 0
-    ignored: int = 0
 
 
 async def run_address_update(
     machine: AddressUpdate,
     *,
-    clock: Clock | None = None,
     heard: Callable[[], bool] | None = None,
     mark: int = 0,
 ) -> UpdateReport:
@@ -128,20 +124,20 @@ async def run_address_update(
     often. mark: see `open_raw`. Errors: LinkError with PEER_SILENT (no answer; `machine.report` has what was
     sent) or UNREACHABLE (the socket is not available), RefusedError with PEER_REFUSED.
     """
-    events = await _run(machine, clock or MonotonicClock(), mark, heard, machine.traffic_seen)
-    return UpdateReport(machine.report, _nat(events), machine.peer_requests, machine.ignored)
+    events = await _run(machine, mark, heard, machine.traffic_seen)
+    return UpdateReport(machine.report, _nat(events))
 
 
-async def run_mid_probe(machine: MidProbe, *, clock: Clock | None = None, mark: int = 0) -> int:
+async def run_mid_probe(machine: MidProbe, *, mark: int = 0) -> int:
     """Message ID of our next request. Errors: as `run_address_update`."""
-    await _run(machine, clock or MonotonicClock(), mark)
+    await _run(machine, mark)
     return machine.next_id
 
 
-async def run_farewell(machine: Farewell, *, clock: Clock | None = None, mark: int = 0) -> bool:
+async def run_farewell(machine: Farewell, *, mark: int = 0) -> bool:
     """Whether the peer has answered the Delete. Errors: LinkError with UNREACHABLE."""
     try:
-        await _run(machine, clock or MonotonicClock(), mark)
+        await _run(machine, mark)
     except LinkError as error:
         if error.status is not Status.PEER_SILENT:
             raise
@@ -156,40 +152,25 @@ class SpiReport:
     move: MoveReport
     outcome: Renamed | RenameRefused | Unsupported
     nat: PeerNatChanged | None = None
-    peer_requests: int = 0
-    ignored: int = 0
 
 
-async def run_spi_update(
-    machine: SpiUpdate,
-    *,
-    clock: Clock | None = None,
-    mark: int = 0,
-) -> SpiReport:
+async def run_spi_update(machine: SpiUpdate, *, mark: int = 0) -> SpiReport:
     """As `run_address_update`.
 
     Afterwards the peer may still repeat a request that was answered here: `keep_answering`.
     """
-    events = await _run(machine, clock or MonotonicClock(), mark)
+    events = await _run(machine, mark)
     outcome = next(e for e in events if isinstance(e, Renamed | RenameRefused | Unsupported))
-    return SpiReport(
-        machine.report,
-        outcome,
-        _nat(events),
-        peer_requests=machine.peer_requests,
-        ignored=machine.ignored,
-    )
+    return SpiReport(machine.report, outcome, _nat(events))
 
 
-async def ask_rekey(
-    machine: ChildRekey | IkeRekey, *, clock: Clock | None = None, mark: int = 0
-) -> ChildMade | IkeMade:
+async def ask_rekey(machine: ChildRekey | IkeRekey, *, mark: int = 0) -> ChildMade | IkeMade:
     """Ask for the new SA. The caller installs it, tells `machine` so (`installed`, or `abandon`), and calls
     `end_rekey`. `machine.report` has the cost.
 
     Errors: as `run_address_update`; RefusedError with PEER_REFUSED if the peer does not rekey.
     """
-    (event,) = await _run(machine, clock or MonotonicClock(), mark, rest=RekeyState.MADE)
+    (event,) = await _run(machine, mark, rest=RekeyState.MADE)
     if isinstance(event, RekeyFailed):
         why = f" ({event.why})" if event.why else ""
         raise RefusedError(
@@ -201,11 +182,9 @@ async def ask_rekey(
     return event
 
 
-async def end_rekey(
-    machine: ChildRekey | IkeRekey, *, clock: Clock | None = None, mark: int = 0
-) -> ChildRekeyed | IkeRekeyed | None:
+async def end_rekey(machine: ChildRekey | IkeRekey, *, mark: int = 0) -> ChildRekeyed | IkeRekeyed | None:
     """Delete the old SA, or the new child if it was abandoned (None). Errors: LinkError with UNREACHABLE."""
-    (event,) = await _run(machine, clock or MonotonicClock(), mark)
+    (event,) = await _run(machine, mark)
     return event if isinstance(event, ChildRekeyed | IkeRekeyed) else None
 
 
@@ -215,56 +194,51 @@ async def end_rekey(
 class Serving:
     """Requests of the peer that come for `machine`. See `serving`."""
 
-    def __init__(self, machine: SpiResponder, raw: RawLink, clock: Clock) -> None:
+    def __init__(self, machine: SpiResponder, raw: RawLink) -> None:
         self._machine = machine
         self._raw = raw
-        self._clock = clock
 
     async def next(self) -> Asked | None:
         """The next request. What must be done before its answer leaves is done before `answer`; nothing is
         received until `next` is called again. None: the machine is done."""
-        machine, clock = self._machine, self._clock
+        machine = self._machine
         while not machine.done:
             while (event := machine.next_event()) is not None:
                 if isinstance(event, Asked):
                     return event
             received = await self._raw.receive(_PROOF_INTERVAL)
             if received is not None:
-                machine.receive(*received, clock.now())
-            machine.handle_timer(clock.now())
-            _send(self._raw, machine.to_send(clock.now()))
+                machine.receive(*received, monotonic())
+            machine.handle_timer(monotonic())
+            _send(self._raw, machine.to_send(monotonic()))
         return None
 
     def answer(self, refusal: Reason | None = None) -> None:
         """Answer it. A reason refuses the change after all."""
-        now = self._clock.now()
+        now = monotonic()
         self._machine.answer(secrets.token_bytes(_ANSWER_OCTETS), now, refusal)
         _send(self._raw, self._machine.to_send(now))
 
 
 @contextmanager
-def serving(machine: SpiResponder, *, clock: Clock | None = None, mark: int = 0) -> Iterator[Serving]:
+def serving(machine: SpiResponder, *, mark: int = 0) -> Iterator[Serving]:
     """Receive IKE of the SA at `machine.local` from anywhere."""
     with open_raw(machine.local, None, machine.spis, mark=mark) as raw:
-        yield Serving(machine, raw, clock or MonotonicClock())
+        yield Serving(machine, raw)
 
 
-async def keep_answering(
-    machine: SpiUpdate, seconds: float, *, clock: Clock | None = None, mark: int = 0
-) -> None:
+async def keep_answering(machine: SpiUpdate, seconds: float, *, mark: int = 0) -> None:
     """Answer repetitions of the peer's own request, which charon, active by now, does not know."""
-    clock = clock or MonotonicClock()
-    end = clock.now() + seconds
+    end = monotonic() + seconds
     with open_raw(machine.local, machine.remote, machine.spis, mark=mark) as raw:
-        while (left := end - clock.now()) > 0:
+        while (left := end - monotonic()) > 0:
             received = await raw.receive(left)
             if received is not None:
-                machine.receive(*received, clock.now())
-            _send(raw, machine.to_send(clock.now()))
+                machine.receive(*received, monotonic())
+            _send(raw, machine.to_send(monotonic()))
 
 
 __all__ = [
-    "MonotonicClock",
     "Serving",
     "SpiReport",
     "UpdateReport",

@@ -125,7 +125,7 @@ def test_beside_the_owner_of_the_port(gateway_host: str, node_host: str, drop: i
             drop,
         )
         # the filter kept everything but the two datagrams of this SA away
-        assert report.ignored == 1
+        assert asks.ignored == 1
         # charon hears the same datagrams, which the filter does not touch
         assert charon.recv(2000) == b"\xff"
 
