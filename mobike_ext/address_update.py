@@ -7,18 +7,16 @@ the old gateway (N(ADDITIONAL_IP*_ADDRESS) or N(NO_ADDITIONAL_ADDRESSES), RFC 45
 its IKE_SA and CHILD_SAs to the address that the request came from and echoes COOKIE2. charon at the new
 gateway has the SA PASSIVE meanwhile and answers nothing. Requests of the mobile node that arrive now stay
 unanswered, too: the mobile node retransmits them, and charon answers after its activation, because an answer
-of this machine would use up message IDs that only charon can serve. They are counted.
+of this machine would use up message IDs that only charon can serve.
 
-Return routability (RFC 4555, 3.7): an answer that counts (see `asking`) echoes COOKIE2, 16 fresh octets.
+Return routability (RFC 4555, 3.7): an answer that counts (see `requester`) echoes COOKIE2, 16 fresh octets.
 
-`AddressPart` is the part of this that is used in a request with more content, see `rename`.
+`AddressPart` is the part of this that is used in a request with more content, see `spi_update`.
 
 NAT detection. The mobile node decides about UDP encapsulation by our hashes: if both match it switches it
 off, unless its own configuration forces it. So true hashes are sent, except if the *gateway's* configuration
 forced the encapsulation (charon's condition NAT_FAKE): then the source hash is one that cannot match, as
 charon sent it in IKE_SA_INIT.
-
-Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
 """
 
 from __future__ import annotations

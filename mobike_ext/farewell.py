@@ -7,8 +7,6 @@ goes on sending packets and keeps the virtual IP. The agent that made the SA PAS
 
 charon may have had a request under way, and the gateway may have received it or not. Then the Delete is sent
 under both message IDs: a gateway ignores the one that is not the next.
-
-Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
 """
 
 from __future__ import annotations

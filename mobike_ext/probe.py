@@ -10,7 +10,7 @@ conclusions are:
     an answer to m + 1                           the next is m + 2
     an answer to m after m + 1 was sent          the node may have that by now: it is sent until answered
 
-See `asking` for what counts as an answer. The same octets make the same messages, so that it can be begun
+See `requester` for what counts as an answer. The same octets make the same messages, so that it can be begun
 again after a crash. Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is
 seconds.
 """

@@ -14,13 +14,11 @@ INVALID_KE_PAYLOAD with the method that it names. A rekey that fails leaves the 
 Delete is not answered the new SA is used nevertheless. If the answer cannot be used, the peer is told to
 delete the SA that it made.
 
-The peer's requests stay unanswered meanwhile, see `exchange`. See `asking` for what counts as an answer. All
-randomness comes in as one argument; the same octets make the same messages, so a caller that keeps them can
-begin again after a crash, as long as the message ID is the same.
+The peer's requests stay unanswered meanwhile, see `address_update`. See `requester` for what counts as an
+answer. All randomness comes in as one argument; the same octets make the same messages, so a caller that
+keeps them can begin again after a crash, as long as the message ID is the same.
 
 Between the answer and the Delete the caller installs the new SA: `installed`, or `abandon`.
-
-Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
 """
 
 from __future__ import annotations

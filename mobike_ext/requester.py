@@ -1,12 +1,12 @@
 """Requests of the agent under an IKE_SA that charon has PASSIVE: sealed, retransmitted, matched with answers.
 
 This is the common part of all exchanges in this package. The content of the requests, and the meaning of the
-answers, are in `exchange`, `rename`, `rekey` and `probe`, each a machine with a table of its own.
+answers, are in `address_update`, `spi_update`, `rekey`, `probe` and `farewell`, each a machine with a table
+of its own.
 
 An answer counts if it opens under SK, has the message ID and exchange type of the request that waits, and
 comes from the address and port that the request went to. Everything else is counted and ignored, so no forged
-or late datagram ends an exchange. Requests of the mobile node are counted separately: see
-`Asking.peer_requests`.
+or late datagram ends an exchange. Requests of the mobile node stay unanswered.
 """
 
 from __future__ import annotations
@@ -96,9 +96,6 @@ class Asking:
         self.iv_length = iv_length(generation.encr)
         self.ignored = 0
         """Datagrams that were no answer here: forged, damaged, from elsewhere, or late."""
-        self.peer_requests = 0
-        """Requests of the mobile node that were left unanswered. They are not authenticated, so only a
-        hint."""
         self.messages = self.octets = 0
         """Datagrams and their octets, in both directions."""
         self.requests = self.retransmissions = 0
@@ -200,7 +197,6 @@ class Asking:
         if (header.spi_i, header.spi_r) != self.spis or header.initiator == self.initiator:
             raise WireError("another SA's, or our own message")
         if not header.response:
-            self.peer_requests += 1
             return None
         waits = self._window.pending and header.message_id == self.message_id
         if not waits or header.exchange != self._exchange:
@@ -277,12 +273,6 @@ class Requester(RequesterMachine[StateT, InputT, EventT]):
     def ignored(self) -> int:
         """Datagrams that were no answer here: forged, damaged, from elsewhere, or late."""
         return self._asking.ignored
-
-    @property
-    def peer_requests(self) -> int:
-        """Requests of the mobile node that were left unanswered. They are not authenticated, so only a
-        hint."""
-        return self._asking.peer_requests
 
     @property
     def report(self) -> MoveReport:

@@ -15,8 +15,6 @@ charon, which has the SA PASSIVE meanwhile and answers their retransmissions lat
 As a `ResponderRole.WATCH` charon is not PASSIVE and answers for itself, without the notify that it does not
 know: the machine only reports what it sees in a copy, and the agent may begin an exchange of its own
 (`naming.mirrored`).
-
-Verbs: `receive`, `answer`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is monotonic seconds.
 """
 
 from __future__ import annotations

@@ -10,10 +10,8 @@ it, which saw the request in its copy and begins an exchange of its own with the
 round. This machine waits for that (`patience`) and answers it here under `expected_id` by a `SpiResponder`;
 `Unsupported` if it does not come.
 
-The address part is that of `exchange`; it is valid whatever the result for the SPIs. See `asking` for
-retransmission and for what counts as an answer, and `naming` for requests that cross.
-
-Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
+The address part is that of `address_update`; it is valid whatever the result for the SPIs. See `requester`
+for retransmission and for what counts as an answer, and `naming` for requests that cross.
 """
 
 from __future__ import annotations
@@ -288,11 +286,6 @@ class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
     @property
     def ignored(self) -> int:
         return super().ignored + (0 if self._responder is None else self._responder.ignored)
-
-    @property
-    def peer_requests(self) -> int:
-        """Requests of the peer that were left to charon."""
-        return super().peer_requests + (0 if self._responder is None else self._responder.others)
 
     @property
     def report(self) -> MoveReport:

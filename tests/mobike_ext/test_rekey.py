@@ -339,7 +339,7 @@ def test_requests_of_the_peer_wait_for_charon() -> None:
     machine.to_send(0)
     head = IkeHeader(SA.spi_i, SA.spi_r, Exchange.INFORMATIONAL, 0, initiator=True, response=False)
     machine.receive(add_marker(seal_message(peer.out, head, [], bytes(8)), MN, NSG), MN, 0)
-    assert (machine.peer_requests, machine.ignored) == (1, 0)
+    assert (machine.ignored, machine.state) == (0, RekeyState.ASKING)
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,9 +6,9 @@
     forget    when all is done, or undone
 
 With the kernel's ESP the pair for the new SPIs is installed beside the placeholder. Outbound packets are kept
-on the placeholder by policies of better priority (`moves.guards_of`) until the new SA's sequence number has
-been raised, so that none is used twice under one key. The agent's own inbound SA is deleted just before
-charon adds its own, because charon adds and never replaces (strongSwan 5.9.8, 6.0.6).
+on the placeholder by policies of better priority (`guards_of`) until the new SA's sequence number has been
+raised, so that none is used twice under one key. The agent's own inbound SA is deleted just before charon
+adds its own, because charon adds and never replaces (strongSwan 5.9.8, 6.0.6).
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """`MoveSteps`: the steps by which a mobile node's SA gets other addresses or SPIs, each seen done. I/O.
 
     guard           keep outbound packets on the old SAs, or hold them back if those must be deleted first,
-                    and let inbound ones come by either pair clear the way   delete old pairs that cannot
-                    exist beside the new ones, after noting their numbers add             IKE_UPDATE,
-                    CHILD_ADD raise           set keys, sequence numbers and windows of the new pairs; then
-                    remove the guards delete old      CHILD_DELETE rename          change the IKE_SA's own
-                    SPIs, if that is needed, too
+                    and let inbound ones come by either pair
+    clear the way   delete old pairs that cannot exist beside the new ones, after noting their numbers
+    add             IKE_UPDATE, CHILD_ADD
+    raise           set keys, sequence numbers and windows of the new pairs; then remove the guards
+    delete old      CHILD_DELETE
+    rename          change the IKE_SA's own SPIs, if that is needed, too
 
 `readdress` calls them in this order, and goes on where an agent before this one stopped: the SA's row of the
-ledger, charon and the kernel show where that was, and `moves.Move` has what they no longer show.
+ledger, charon and the kernel show where that was, and `MobileMove` has what they no longer show.
 """
 
 from __future__ import annotations
