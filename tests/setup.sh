@@ -27,9 +27,9 @@ PACKAGES=(
     iproute2 iputils-ping nftables kmod tcpdump
 )
 # tshark checks the Wireshark dissector in examples/, bird2 runs the configuration in examples/bird in the lab,
-# netbase names protocols and ports, and charon shows these names where it finds them. iperf3 is TCP traffic.
+# netbase names protocols and ports, and charon shows these names where it finds them.
 # spin checks the model of a transfer, which it translates into C.
-TEST_PACKAGES=(tshark bird2 netbase iperf3 spin gcc libc6-dev)
+TEST_PACKAGES=(tshark bird2 netbase spin gcc libc6-dev)
 # Other IKE daemons, as mobile nodes of the lab. They are not installed: libreswan and strongSwan conflict.
 PEERS=(libreswan openiked)
 # Make the new machines of tests/roots.sh.
