@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
+from types import MappingProxyType
 from typing import Any
 
 from ikectx.errors import IkectxError, WireError
@@ -31,7 +32,7 @@ class Target:
 class Copies:
     """Makes copies of an object, which take less time than to make it anew with its keys.
 
-    Secrets, functions and what is not Python's are shared by all copies.
+    Secrets, functions, empty tables and what is not Python's are shared by all copies.
     """
 
     def __init__(self, original: object) -> None:
@@ -42,7 +43,9 @@ class Copies:
         class Pickler(pickle.Pickler):
             def persistent_id(self, one: object) -> int | None:
                 foreign = type(one).__module__.partition(".")[0] in ("cryptography", "builtins")
-                if isinstance(one, Secret) or (callable(one) and not isinstance(one, type) and foreign):
+                if isinstance(one, Secret | MappingProxyType) or (
+                    callable(one) and not isinstance(one, type) and foreign
+                ):
                     shared.append(one)
                     return len(shared) - 1
                 return None
