@@ -161,7 +161,8 @@ def open_raw(
     try:
         raw = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
         raw.setblocking(False)
-        bpf.attach(raw, bpf_program(local, remote, spis))
+        # with a mark another socket receives
+        bpf.attach(raw, [(bpf.RET, 0, 0, 0)] if mark else bpf_program(local, remote, spis))
         if six:
             # the kernel computes and checks the checksum; without it datagrams would leave with none
             raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_AT)
@@ -169,7 +170,6 @@ def open_raw(
         if mark:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
             receiver = _idle.take(local.address.version, bpf_program(local, remote, spis, below=True))
-            bpf.attach(raw, [(bpf.RET, 0, 0, 0)])
         raw.bind((str(local.address), 0))
     except OSError as error:
         for each in (raw, receiver):
