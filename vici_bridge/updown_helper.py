@@ -16,9 +16,7 @@ import logging
 import os
 import re
 import signal
-from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections.abc import Coroutine, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from ikectx.within import Limit
 
@@ -28,6 +26,7 @@ TIMEOUT = 20.0
 """Seconds that a script may take; charon itself would wait for ever."""
 UMASK = 0o022
 """charon's own umask, as systemd starts it; the agent's own makes files that nobody else can read."""
+_SHELL = "/bin/sh"
 LONGEST = 1 << 18
 """Octets of a request, and of the output that is passed on."""
 _ANSWER = 6 * LONGEST + 256
@@ -44,19 +43,16 @@ async def execute(script: str, env: Mapping[str, str]) -> tuple[int, bytes]:
     Errors: OSError if it could not be started; TimeoutError; ValueError for a variable that cannot be in an
     environment.
     """
-    process = await _started(
-        asyncio.create_subprocess_shell(
-            script,
-            env={"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), **env},
-            stdin=DEVNULL,
-            stdout=PIPE,
-            stderr=STDOUT,
-            start_new_session=True,
-            umask=UMASK,
-        )
-    )
-    out = await _output(process)
-    return process.returncode or 0, out
+    out, theirs = os.pipe()
+    try:
+        try:
+            pid = _start(script, env, theirs)
+        finally:
+            os.close(theirs)
+        os.set_blocking(out, False)
+        return await _ended(pid, out)
+    finally:
+        os.close(out)
 
 
 # --- the agent's end ---------------------------------------------------------------------------------------
@@ -150,36 +146,74 @@ def _read(line: bytes) -> tuple[str, dict[str, str]]:
 # --- processes ---------------------------------------------------------------------------------------------
 
 
-async def _started(work: Coroutine[Any, Any, Process]) -> Process:
-    """The process. If the step is cancelled while asyncio still connects the pipes, the process runs already,
-    and asyncio would end it without what it has started."""
-    starting = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        await _end(await starting)
-        raise
+def _start(script: str, env: Mapping[str, str], out: int) -> int:
+    """Start a script with its output to that descriptor, in a session of its own, and return its process.
+
+    asyncio's own subprocesses have three transports each, and before Python 3.12 a thread.
+    """
+    return os.posix_spawn(
+        _SHELL,
+        [_SHELL, "-c", f"umask {UMASK:03o}\n{script}"],
+        {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), **env},
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, out, 1),
+            (os.POSIX_SPAWN_DUP2, out, 2),
+        ],
+        setsid=True,
+        setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # which Python ignores
+    )
 
 
-async def _end(process: Process) -> None:
-    """End it with all that it has started: it leads a session of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
+def _exit_code(pid: int) -> int | None:
+    """None: it runs."""
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
 
 
-async def _output(process: Process) -> bytes:
-    """The output of a process that has ended. Errors: TimeoutError.
+async def _ended(pid: int, out: int) -> tuple[int, bytes]:
+    """The exit code and output of a process that has ended. Errors: TimeoutError.
 
     If the wait ends early (also because the step of the transfer was cancelled) the process is ended with all
     that it has started, because the step is repeated, and a "down" must not end after the "up" that follows
     it.
     """
-    ended = False
+    code = None
     try:
-        out, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
-        ended = True
-        return out
+        with Limit(TIMEOUT):
+            octets = await _output(out)
+            code = await _end(pid)
+        return code, octets
     finally:
-        if not ended:
-            await _end(process)
+        if code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            await _end(pid)
+
+
+async def _output(out: int) -> bytes:
+    """What comes through a pipe until nobody has its other end any more."""
+    loop, octets = asyncio.get_running_loop(), b""
+    while True:
+        try:
+            more = os.read(out, 1 << 16)
+        except BlockingIOError:
+            readable = asyncio.Event()
+            loop.add_reader(out, readable.set)
+            try:
+                await readable.wait()
+            finally:
+                loop.remove_reader(out)
+            continue
+        if not more:
+            return octets
+        octets += more
+
+
+async def _end(pid: int) -> int:
+    """The exit code of a process that ends; mostly it has, because that closes its output."""
+    pause = 0.0
+    while (code := _exit_code(pid)) is None:
+        await asyncio.sleep(pause)
+        pause = min(pause + 0.001, 0.05)
+    return code

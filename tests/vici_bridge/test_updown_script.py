@@ -8,7 +8,6 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -45,10 +44,10 @@ def test_b5_what_cannot_stand_in_an_environment_is_logged(caplog: pytest.LogCapt
 def test_a_script_that_cannot_be_started_is_an_error(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was a warning: an SA was owned whose packets nobody led here."""
 
-    async def none(*_: object, **more: object) -> None:
+    def none(*_: object, **more: object) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(asyncio, "create_subprocess_shell", none)
+    monkeypatch.setattr(os, "posix_spawn", none)
     with pytest.raises(KernelError, match="the updown script true cannot be started") as caught:
         call("true")
     assert caught.value.errno == error and "LimitNOFILE" in caught.value.hint
@@ -113,21 +112,6 @@ def test_b32_a_script_ends_with_the_step_that_ran_it(tmp_path: Path) -> None:
 
     assert all(gone(pid) for pid in asyncio.run(scenario()))
     assert not (tmp_path / "done").exists()
-
-
-def test_b32_a_script_ends_with_a_step_that_ends_while_it_is_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """asyncio was still connecting its pipes, and ended the shell alone."""
-    start = asyncio.create_subprocess_shell
-
-    async def slowly(*words: Any, **more: Any) -> asyncio.subprocess.Process:
-        process = await start(*words, **more)
-        await asyncio.sleep(0.5)
-        return process
-
-    monkeypatch.setattr(asyncio, "create_subprocess_shell", slowly)
-    test_b32_a_script_ends_with_the_step_that_ran_it(tmp_path)
 
 
 def test_b32_what_a_script_has_started_ends_with_it_when_it_takes_too_long(

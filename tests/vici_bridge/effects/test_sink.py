@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -720,7 +721,7 @@ def test_no_sa_is_owned_without_its_updown_script(
         if kinds:
             here.charon.serve(rival(context, *kinds, shared=True))
         final = final_of(context)
-        monkeypatch.setattr(asyncio, "create_subprocess_shell", no_descriptors)
+        monkeypatch.setattr(os, "posix_spawn", no_descriptors)
         await here.sink.prepare(context, False)
         with pytest.raises(KernelError, match=r"updown script .* cannot be started: Too many open files"):
             await here.sink.take(context, final)
@@ -745,7 +746,7 @@ def test_a_script_that_cannot_be_run_for_an_undo_is_run_later(
         await here.sink.prepare(context, False)
         await here.sink.take(context, final_of(context))
         with monkeypatch.context() as without:
-            without.setattr(asyncio, "create_subprocess_shell", no_descriptors)
+            without.setattr(os, "posix_spawn", no_descriptors)
             await here.sink.undo(context)  # the other gateway does not wait for the script
         await until(lambda: not here.host.coming.all())
         up, down = (tmp_path / "ran").read_text().splitlines()
@@ -780,7 +781,7 @@ def test_an_agent_that_ended_before_the_script_ran_runs_it(tmp_path: Path) -> No
     asyncio.run(scenario())  # a script is a process, which takes real time
 
 
-async def no_descriptors(*_: object, **more: object) -> None:
+def no_descriptors(*_: object, **more: object) -> None:
     raise OSError(errno.EMFILE, "Too many open files")
 
 
