@@ -32,6 +32,9 @@ class KernelTables:
     def get_sa(self, destination: Address, spi: bytes, proto: int = 50, mark: Any = None) -> KernelSa | None:
         return self.sas.get((destination, spi))
 
+    def get_sas(self, names: Sequence[tuple[Address, bytes]]) -> list[KernelSa | None]:
+        return [self.get_sa(*name) for name in names]
+
     def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:
         known = self.sas[sa.destination, sa.spi]
         return (known.replay.outbound if outbound else known.replay.inbound), known.usage
@@ -48,6 +51,10 @@ class KernelTables:
             joined = fit_replay(merge_replay(now.replay.inbound, fit_replay(state, window)), window)
             after = replace(now.replay, seq=joined.seq, bitmap=joined.bitmap)
         self.sas[sa.destination, sa.spi] = replace(now, replay=after)
+
+    def set_replays(self, changes: Sequence[tuple[KernelSa, ReplayState, bool]]) -> None:
+        for sa, state, outbound in changes:
+            self.set_replay(sa, state, outbound=outbound)
 
     def take_out(self, sas: Sequence[KernelSa]) -> list[KernelReplay | None]:
         self.step()
@@ -72,6 +79,10 @@ class KernelTables:
     def replace_policy(self, policy: KernelPolicy) -> None:
         self.step()
         self.policies[policy.direction, policy.selector, policy.mark] = policy
+
+    def delete_policies(self, policies: Sequence[KernelPolicy]) -> None:
+        for policy in policies:
+            self.delete_policy(policy)
 
     def delete_policy(self, policy: KernelPolicy) -> bool:
         self.step()

@@ -465,10 +465,9 @@ class CharonHost:
         """(inbound, outbound) ESP SA of a child in the kernel, None where it is not there."""
         if self.kernel is None:
             return (None, None)
-        return (
-            self.kernel.get_sa(context.local.address, child.spi_in, ESP),
-            self.kernel.get_sa(context.remote.address, child.spi_out, ESP),
-        )
+        names = ((context.local.address, child.spi_in), (context.remote.address, child.spi_out))
+        inbound, outbound = self.kernel.get_sas(names)
+        return inbound, outbound
 
     # Things both sides do.
 

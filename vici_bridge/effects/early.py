@@ -66,6 +66,11 @@ def is_early(sa: KernelSa) -> bool:
     return sa.sequence == LATE and sa.reqid >> 16 == REQIDS >> 16
 
 
+def is_late(sa: KernelSa) -> bool:
+    """Whether it decrypts late packets of an SA that has left."""
+    return sa.sequence == LATE and not is_early(sa)
+
+
 @dataclass(frozen=True, slots=True)
 class EarlyChild:
     """One CHILD_SA: its pair, its policies, and the number below which nothing is decrypted (`floor`)."""
@@ -212,7 +217,7 @@ class Early:
             if one.received is not None and child.spi_in == one.inbound.spi:
                 kernel.set_replay(inbound, one.received, outbound=False)
             if one.sent is not None:
-                ahead, _ = kernel.get_replay(outbound, outbound=True)
+                ahead = outbound.replay.outbound
                 if one.sent > ahead.seq:
                     kernel.set_replay(outbound, replace(ahead, seq=one.sent), outbound=True)
 

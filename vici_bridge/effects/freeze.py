@@ -154,8 +154,7 @@ def _replay_states(work: Freezing) -> list[tuple[ChildContext, ReplayState, Repl
             sa_in, sa_out = host.kernel_pair(work.context, child)
             if sa_in is None or sa_out is None:
                 raise BusyError(f"CHILD_SA {child.name} went away while it was being frozen")
-            inbound = host.kernel.get_replay(sa_in, outbound=False)[0]
-            outbound = host.kernel.get_replay(sa_out, outbound=True)[0]
+            inbound, outbound = sa_in.replay.inbound, sa_out.replay.outbound
         found.append((child, inbound, outbound))
     return found
 
@@ -170,8 +169,7 @@ def stop(work: Leaving) -> None:
         return
     every, ours = outbound_of(host, work.context)
     host.away.leave(work.context, work.to, every, unprepared=work.unprepared, relay=work.relay)
-    for policy in ours:
-        host.kernel.delete_policy(policy)
+    host.kernel.delete_policies(ours)
 
 
 def goes_on_still(work: Leaving) -> bool:

@@ -230,11 +230,10 @@ class CharonMobile:
                     status=Status.NOT_COVERED,
                 )
             _, outbound = self._host.kernel_pair(context_at(context, view), child)
-            if kernel is None or outbound is None:
+            if outbound is None:
                 continue
             check_kernel(child.name, outbound)
-            sent, _ = kernel.get_replay(outbound, outbound=True)
-            if not child.esn and sent.seq + 3 * self._host.config.oseq_jump >= 1 << 32:
+            if not child.esn and outbound.replay.oseq + 3 * self._host.config.oseq_jump >= 1 << 32:
                 raise CharonError(
                     f"CHILD_SA {child.name} has used up its sequence numbers",
                     hint="rekey it first",

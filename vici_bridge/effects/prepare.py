@@ -31,7 +31,7 @@ from vici_bridge.policy.new_names import clash
 from vici_bridge.vici.views import SaView
 
 from .coming import Coming
-from .early import is_early
+from .early import is_late
 from .hush import HUSH, hushing
 from .leaving import numbers_of
 from .renames import INSTALL_TIMEOUT
@@ -50,8 +50,9 @@ async def _plan(work: Coming) -> Facts:
         clashes = clash(here, work.taken)
         ours = {child.spi_in for child in here.children}
         ours -= {here.children[place].spi_in for place in clashes.inbound}
-        late = host.kernel.late_sas()
-        host.kernel.drop_late([sa for sa in late if sa.spi in ours and not is_early(sa)])
+        places = dict.fromkeys((here.local.address, *host.config.addresses))
+        found = host.kernel.get_sas([(place, spi) for place in places for spi in ours])
+        host.kernel.drop_late(sa for sa in found if sa is not None and is_late(sa))
     host.away.comes(here)
     await work.renames.end_relay(work.sa, 0.0)
     work.renames.forget(here, undone=True)
@@ -107,8 +108,7 @@ async def _import(work: Coming) -> Facts:
     work.early.number(work.sa, shape)
     work.early.go_on(work.sa, shape)
     if host.kernel is not None:
-        for raw in work.facts.guards:
-            host.kernel.delete_policy(KernelPolicy.parse(raw))
+        host.kernel.delete_policies(list(map(KernelPolicy.parse, work.facts.guards)))
     work.looks.came(view)
     host.segments.came(view.spis)
     return {**numbers_of(view), "guards": ()}
@@ -173,11 +173,11 @@ def write_replay(host: CharonHost, shape: IkeContext, counters: IkeContext) -> N
             raise KernelError(f"an ESP SA of CHILD_SA {child.name} has gone")
         if (child.nonce_i, child.nonce_r) != (given.nonce_i, given.nonce_r):
             continue  # rekeyed here: other keys, numbers of their own
-        if child.spi_in == given.spi_in:
-            kernel.set_replay(inbound, given.inbound, outbound=False)
+        changes = [(inbound, given.inbound, False)] if child.spi_in == given.spi_in else []
         sent = given.outbound
         if sent.seq >= outbound.replay.oseq:
-            kernel.set_replay(outbound, replace(sent, seq=sent.seq + jump), outbound=True)
+            changes.append((outbound, replace(sent, seq=sent.seq + jump), True))
+        kernel.set_replays(changes)
 
 
 async def _block(work: Coming) -> None:

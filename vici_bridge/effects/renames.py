@@ -427,7 +427,7 @@ class Renames:
             if ours is None:
                 continue
             if ours.encr_name or ours.auth_name:
-                received[new.spi_in] = kernel.get_replay(ours, outbound=False)[0]
+                received[new.spi_in] = ours.replay.inbound
             kernel.delete_sa(ours)
         return received
 
@@ -449,12 +449,11 @@ class Renames:
             inbound, outbound = host.kernel_pair(after, new)
             if inbound is None or outbound is None or sent_by is None:
                 raise KernelError(f"an ESP SA of CHILD_SA {new.name} has gone")
-            sent, _ = kernel.get_replay(sent_by, outbound=True)
+            sent = sent_by.replay.outbound
             top = (1 << (64 if new.esn else 32)) - 1
             jump = 2 * SENDING_PACKETS if self.others_send(here) else host.config.oseq_jump
             ahead = min(sent.seq + jump, top)
-            now, _ = kernel.get_replay(outbound, outbound=True)
-            if ahead > now.seq:
+            if ahead > outbound.replay.oseq:
                 kernel.set_replay(outbound, replace(sent, seq=ahead), outbound=True)
             if new.spi_in in received:
                 kernel.set_replay(inbound, received[new.spi_in], outbound=False)

@@ -439,15 +439,8 @@ class CharonSink(ContextSink):
 
     def _received(self, here: IkeContext) -> int:
         """ESP packets that arrived here on the SA's children."""
-        kernel = self._host.kernel
-        if kernel is None:
-            return 0
-        total = 0
-        for child in here.children:
-            inbound, _ = self._host.kernel_pair(here, child)
-            if inbound is not None:
-                total += kernel.get_replay(inbound, outbound=False)[1].packets
-        return total
+        pairs = [self._host.kernel_pair(here, child) for child in here.children]
+        return sum(inbound.usage.packets for inbound, _ in pairs if inbound is not None)
 
     async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
         """See `ContextSink.activate`."""

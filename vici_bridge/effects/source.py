@@ -125,8 +125,7 @@ class CharonSource(ContextSource):
         if kernel is None:
             return frozenset()
         names = [(address, child.spi_in) for child in context.children for address in ours]
-        found = (kernel.get_sa(*name) for name in names)
-        return frozenset(sa.reqid for sa in found if sa is not None)
+        return frozenset(sa.reqid for sa in kernel.get_sas(names) if sa is not None)
 
     async def find(self, mn: Address) -> list[SaName]:
         """See `ContextSource.find`. SAs that are PASSIVE, or being made or deleted, do not count as
@@ -209,9 +208,8 @@ class CharonSource(ContextSource):
 
     def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:
         """The child with the values that only the kernel has: counters, windows, limits."""
-        kernel = self._host.kernel
         lifetime = child_lifetime(view)
-        if kernel is None:
+        if self._host.kernel is None:
             return replace(child, lifetime=lifetime, tags=view.tags)
         inbound, outbound = self._host.kernel_pair(context, child)
         if inbound is None or outbound is None:
@@ -219,21 +217,19 @@ class CharonSource(ContextSource):
         for kept in (inbound, outbound):
             check_kernel(child.name, kept)
         self._compare_keys(context, child, inbound, outbound)
-        state_in, used_in = kernel.get_replay(inbound, outbound=False)
-        state_out, used_out = kernel.get_replay(outbound, outbound=True)
-        limits = inbound.limits
+        limits, used = inbound.limits, (inbound.usage, outbound.usage)
         return replace(
             child,
-            inbound=state_in,
-            outbound=state_out,
+            inbound=inbound.replay.inbound,
+            outbound=outbound.replay.outbound,
             tags=view.tags,
             lifetime=replace(
                 lifetime,
                 bytes_limit=limits.hard_bytes,
                 packets_limit=limits.hard_packets,
                 # one figure for both, because either SA has the CHILD_SA rekeyed when it reaches its limit
-                bytes_used=max(used_in.bytes, used_out.bytes),
-                packets_used=max(used_in.packets, used_out.packets),
+                bytes_used=max(one.bytes for one in used),
+                packets_used=max(one.packets for one in used),
             ),
         )
 
@@ -388,13 +384,11 @@ class CharonSource(ContextSource):
 
     def _sent(self, context: IkeContext, start: Mapping[bytes, int]) -> int:
         """The largest number of packets that a CHILD_SA has sent since `start`."""
-        kernel = self._host.kernel
         sent = [0]
-        for child in context.children if kernel is not None else ():
+        for child in context.children:
             _, outbound = self._host.kernel_pair(context, child)
-            if kernel is not None and outbound is not None:
-                state, _ = kernel.get_replay(outbound, outbound=True)
-                sent.append(state.seq - start[child.spi_in])
+            if outbound is not None:
+                sent.append(outbound.replay.oseq - start[child.spi_in])
         return max(sent)
 
     def _end_sending(self, context: IkeContext) -> None:

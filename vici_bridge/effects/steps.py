@@ -114,8 +114,7 @@ class MoveSteps:
         kernel = self._host.kernel
         assert kernel is not None
         local, remote = end
-        inbound = kernel.get_sa(local.address, spis[0], ESP)
-        outbound = kernel.get_sa(remote.address, spis[1], ESP)
+        inbound, outbound = kernel.get_sas(((local.address, spis[0]), (remote.address, spis[1])))
         return (
             inbound if leads(inbound, remote, local) else None,
             outbound if leads(outbound, local, remote) else None,
@@ -173,16 +172,14 @@ class MoveSteps:
 
     def _note_numbers(self, sa: SaName, move: MobileMove, child: ChildMove) -> MobileMove:
         """Note what the old pair has sent and received, while it can still be read."""
-        kernel = self._host.kernel
-        if kernel is None:
+        if self._host.kernel is None:
             return move
         inbound, outbound = self._old(move, child)
         noted = move.child(child.old_in) or child
         if outbound is not None:
-            sent = kernel.get_replay(outbound, outbound=True)[0].seq
-            noted = replace(noted, sent=max(sent, noted.sent or 0))
+            noted = replace(noted, sent=max(outbound.replay.oseq, noted.sent or 0))
         if inbound is not None:
-            noted = replace(noted, received=kernel.get_replay(inbound, outbound=False)[0])
+            noted = replace(noted, received=inbound.replay.inbound)
         move = move.with_child(noted)
         self.save(sa, move)
         return move
@@ -211,7 +208,7 @@ class MoveSteps:
             assert kernel is not None
             ours = kernel.get_sa(move.local.address, child.new_in, ESP)
             if ours is not None and ours.sequence == LATE and child.new_in != child.old_in:
-                received[child.new_in] = kernel.get_replay(ours, outbound=False)[0]
+                received[child.new_in] = ours.replay.inbound
                 kernel.delete_sa(ours)
         return received
 
@@ -266,7 +263,7 @@ class MoveSteps:
             if noted.received is not None:
                 kernel.set_replay(inbound, noted.received, outbound=False)
             if noted.sent is not None:
-                ahead, _ = kernel.get_replay(outbound, outbound=True)
+                ahead = outbound.replay.outbound
                 if noted.sent + self._host.config.oseq_jump > ahead.seq:
                     raised = replace(ahead, seq=noted.sent + self._host.config.oseq_jump)
                     kernel.set_replay(outbound, raised, outbound=True)
@@ -279,7 +276,7 @@ class MoveSteps:
             assert kernel is not None
             (old, _), (new, _) = self._old(move, child), self._new(move, child)
             if old is not None and new is not None:
-                kernel.set_replay(new, kernel.get_replay(old, outbound=False)[0], outbound=False)
+                kernel.set_replay(new, old.replay.inbound, outbound=False)
 
     def jump(self, place: NewPlace) -> None:
         """Raise the sequence numbers of its outbound SAs by the jump. Packets that leave meanwhile do not
@@ -289,7 +286,7 @@ class MoveSteps:
             assert kernel is not None
             sa = kernel.get_sa(place.old_remote, pair.spi_out, ESP)
             if sa is not None:
-                sent, _ = kernel.get_replay(sa, outbound=True)
+                sent = sa.replay.outbound
                 raised = replace(sent, seq=sent.seq + self._host.config.oseq_jump)
                 kernel.set_replay(sa, raised, outbound=True)
 
@@ -338,7 +335,7 @@ class MoveSteps:
             await asyncio.sleep(0.01)
             for child in list(waits):
                 inbound, _ = self._new(move, child)
-                if inbound is None or kernel.get_replay(inbound, outbound=False)[1].packets:
+                if inbound is None or inbound.usage.packets:
                     waits.remove(child)
         return waits
 
@@ -389,7 +386,7 @@ class MoveSteps:
         while asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.05)
             inbound, _ = self._new(move, child)
-            if inbound is None or kernel.get_replay(inbound, outbound=False)[1].packets:
+            if inbound is None or inbound.usage.packets:
                 break
         old, _ = self._old(move, child)
         if old is not None and old.sequence == LATE:

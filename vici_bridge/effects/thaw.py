@@ -59,12 +59,11 @@ def _numbers(work: Leaving) -> tuple[tuple[bytes, int], ...]:
     if work.facts.sends_to:
         jump = max(jump, 4 * SENDING_PACKETS)  # then the other gateway began twice as far ahead
     found = []
-    for child in work.context.children if host.kernel is not None and jump else ():
+    for child in work.context.children if jump else ():
         _, outbound = host.kernel_pair(work.context, child)
-        if outbound is not None and host.kernel is not None:
-            state, _ = host.kernel.get_replay(outbound, outbound=True)
+        if outbound is not None:
             top = (1 << (64 if child.esn else 32)) - 1
-            found.append((child.spi_out, min(state.seq + jump, top)))
+            found.append((child.spi_out, min(outbound.replay.oseq + jump, top)))
     return tuple(found)
 
 
@@ -73,7 +72,7 @@ async def _raise_numbers(work: Leaving) -> None:
     for child in work.context.children if kernel is not None else ():
         _, outbound = work.host.kernel_pair(work.context, child)
         if outbound is not None and child.spi_out in numbers and kernel is not None:
-            state, _ = kernel.get_replay(outbound, outbound=True)
+            state = outbound.replay.outbound
             if state.seq < numbers[child.spi_out]:
                 kernel.set_replay(outbound, replace(state, seq=numbers[child.spi_out]), outbound=True)
 

@@ -124,10 +124,19 @@ class Kernel:
         The kernel finds an SA with a mark only by a mark that matches it. `mark` None: it may have any.
         """
         asked = mark or self._marks.get((destination, spi))
-        found = self._found(KernelSa(destination, destination, spi, proto, mark=asked))
+        (found,) = self._found([KernelSa(destination, destination, spi, proto, mark=asked)])
         if found is None and mark is None and self.marked:
             found = self._any_mark(destination, spi, proto)
         return found
+
+    def get_sas(self, names: Sequence[tuple[Address, bytes]]) -> list[KernelSa | None]:
+        """The ESP SAs of these destinations and SPIs, in one datagram. Otherwise as `get_sa`."""
+        found = self._found([KernelSa(to, to, spi, mark=self._marks.get((to, spi))) for to, spi in names])
+        if not self.marked:
+            return found
+        return [
+            self._any_mark(*name, ESP) if sa is None else sa for name, sa in zip(names, found, strict=True)
+        ]
 
     def sas_to(self, destination: Address) -> list[KernelSa]:
         """The SAs to that address. Errors: KernelError."""
@@ -145,17 +154,16 @@ class Kernel:
                 return sa
         return None
 
-    def _found(self, wanted: KernelSa) -> KernelSa | None:
-        try:
-            answers = self._xfrm.ask(wanted.get())
-        except KernelError as error:
-            if error.errno == errno.ESRCH:
-                return None
-            raise
-        try:
-            return KernelSa.parse(answers[0]) if answers else None
-        except WireError as error:
-            raise KernelError(f"the kernel's {wanted} cannot be read: {error}", hint=_REPORT) from None
+    def _found(self, wanted: Sequence[KernelSa]) -> list[KernelSa | None]:
+        requests, found = [sa.get() for sa in wanted], list[KernelSa | None]()
+        for sa, request, outcome in zip(wanted, requests, self._xfrm.transact(requests), strict=True):
+            if outcome.errno not in (0, errno.ESRCH):
+                raise failure(request, outcome)
+            try:
+                found.append(KernelSa.parse(outcome.answers[0]) if outcome.answers else None)
+            except WireError as error:
+                raise KernelError(f"the kernel's {sa} cannot be read: {error}", hint=_REPORT) from None
+        return found
 
     def dump_policies(self) -> list[KernelPolicy]:
         """All policies but those of single sockets. Errors: KernelError, WireError."""
@@ -206,34 +214,27 @@ class Kernel:
         StateError, UsageError if the number needs ESN and the SA has none.
         """
         now, _ = self._counters(sa)
-        if outbound is None:
-            outbound = self.is_outbound(replace(sa, replay=now))
-        if state.seq >> 32 and not sa.esn:
-            raise UsageError(f"sequence number {state.seq} is too high for {sa}, which has no ESN")
-        state = replace(state, esn=sa.esn)
-        if outbound:
-            if state.seq < now.oseq:
-                raise StateError(
-                    f"{sa} has sent {now.oseq} already; its counter cannot go back to {state.seq}"
-                )
-            after = replace(now, oseq=state.seq)
-        else:
-            joined = fit_replay(merge_replay(now.inbound, fit_replay(state, now.window)), now.window)
-            after = replace(now, seq=joined.seq, bitmap=joined.bitmap)
-        requests = [sa.set_replay(after), sa.get_replay()]
+        now_sa = replace(sa, replay=now)
+        self.set_replays([(now_sa, state, self.is_outbound(now_sa) if outbound is None else outbound)])
+
+    def set_replays(self, changes: Sequence[tuple[KernelSa, ReplayState, bool]]) -> None:
+        """The same for several SAs in one datagram, each as it was just read, and whether it is outbound."""
+        wanted = [(sa, _raised(sa, state, outbound=outbound)) for sa, state, outbound in changes]
+        requests = [one for sa, after in wanted for one in (sa.set_replay(after), sa.get_replay())]
         outcomes = self._xfrm.transact(requests)
         for request, outcome in zip(requests, outcomes, strict=True):
             if outcome.errno:
                 raise failure(request, outcome)
-        # packets that arrived or left since may have raised the numbers further
-        there, _ = self._replay_in(sa, outcomes[1].answers)
-        told = replace(after.inbound, bitmap=known(after.bitmap, after.seq, after.window))
-        if there.oseq < after.oseq or merge_replay(there.inbound, told) != there.inbound:
-            raise KernelError(
-                f"the kernel took no notice of new counters of {sa}: it has sent {there.oseq} and received "
-                f"{there.seq}, instead of {after.oseq} and {after.seq}",
-                hint=_REPORT,
-            )
+        for (sa, after), outcome in zip(wanted, outcomes[1::2], strict=True):
+            # packets that arrived or left since may have raised the numbers further
+            there, _ = self._replay_in(sa, outcome.answers)
+            told = replace(after.inbound, bitmap=known(after.bitmap, after.seq, after.window))
+            if there.oseq < after.oseq or merge_replay(there.inbound, told) != there.inbound:
+                raise KernelError(
+                    f"the kernel took no notice of new counters of {sa}: it has sent {there.oseq} and "
+                    f"received {there.seq}, instead of {after.oseq} and {after.seq}",
+                    hint=_REPORT,
+                )
 
     def count_on(self, sa: KernelSa, octets: int, packets: int) -> None:
         """Count towards the SA's limits from what another gateway has counted; when it was added stays.
@@ -315,6 +316,13 @@ class Kernel:
         """Install a policy, in place of one with the same selector and direction. Errors: KernelError."""
         self._xfrm.ask(policy.put())
 
+    def delete_policies(self, policies: Sequence[KernelPolicy]) -> None:
+        """Those of these that are there, in one datagram. Errors: KernelError."""
+        requests = [policy.delete() for policy in policies]
+        for request, outcome in zip(requests, self._xfrm.transact(requests), strict=True):
+            if outcome.errno not in (0, errno.ENOENT):
+                raise failure(request, outcome)
+
     def delete_policy(self, policy: KernelPolicy) -> bool:
         """Delete the policy of that selector and direction; False: it was not there. Errors: KernelError."""
         return self._gone(policy.delete(), errno.ENOENT)
@@ -375,12 +383,11 @@ class Kernel:
     # Late packets, after the SA was let go.
 
     def snapshot_inbound(self, sas: Iterable[KernelSa]) -> InboundSnapshot:
-        """The present inbound SAs, with their "in" and "fwd" policies. SAs that are gone are left out.
+        """These inbound SAs, as they were just read, with their "in" and "fwd" policies.
 
         Call it just before charon deletes them. Errors: KernelError, WireError.
         """
-        now = [self.get_sa(sa.destination, sa.spi, sa.proto, sa.mark) for sa in sas]
-        found = tuple(sa for sa in now if sa is not None)
+        found = tuple(sas)
         policies = self.policies_about({sa.reqid for sa in found})
         wanted: dict[bytes, KernelPolicy] = {}
         for sa in found:
@@ -431,6 +438,20 @@ class Kernel:
                     self.delete_policy(policy)
                 self.delete_sa(sa)
         return len(late)
+
+
+def _raised(sa: KernelSa, state: ReplayState, *, outbound: bool) -> KernelReplay:
+    """The SA's counters after `Kernel.set_replay`. Errors: as there."""
+    now = sa.replay
+    if state.seq >> 32 and not sa.esn:
+        raise UsageError(f"sequence number {state.seq} is too high for {sa}, which has no ESN")
+    state = replace(state, esn=sa.esn)
+    if outbound:
+        if state.seq < now.oseq:
+            raise StateError(f"{sa} has sent {now.oseq} already; its counter cannot go back to {state.seq}")
+        return replace(now, oseq=state.seq)
+    joined = fit_replay(merge_replay(now.inbound, fit_replay(state, now.window)), now.window)
+    return replace(now, seq=joined.seq, bitmap=joined.bitmap)
 
 
 def _count(now: int, before: int, soft: int | None, hard: int | None) -> int:

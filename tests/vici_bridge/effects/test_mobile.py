@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from ikectx.errors import BusyError, CharonError, KernelError, StateError, UnknownSaError
 from ikectx.numbers import Status
-from ikectx.sa.context import Endpoint, ReplayState
+from ikectx.sa.context import Address, Endpoint, ReplayState
 from ikectx.sa.keys import esp_keys
 from ikectx.sa.name import SaName
 from tests.mobile_world import (
@@ -30,6 +31,8 @@ from tests.mobile_world import (
 )
 from vici_bridge.effects import steps as steps_module
 from vici_bridge.effects.mobile import EndedUnheardError
+from vici_bridge.effects.mobile_move import MobileMove
+from vici_bridge.effects.steps import MoveSteps
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.messages import HaType
 from vici_bridge.kernel.kernel import LATE
@@ -221,17 +224,22 @@ def test_both_inbound_spis_are_heard_until_the_other_end_has_changed_over(
         node = Node(a_node_context())
         assert node.kernel is not None
         asked: list[bytes] = []
-        replay = node.kernel.get_replay
+        get_sas, linger = node.kernel.get_sas, MoveSteps._linger
 
-        def counted(sa: KernelSa, *, outbound: bool | None = None) -> Any:
-            state, usage = replay(sa, outbound=outbound)
-            if not outbound and sa.spi == b"\xc3\0\0\0":
+        def counted(names: Sequence[tuple[Address, bytes]]) -> list[KernelSa | None]:
+            inbound, *others = get_sas(names)
+            if inbound is not None and inbound.spi == b"\xc3\0\0\0":
                 assert (OLD.address, b"\xc1\0\0\0") in node.kernel.sas  # type: ignore[union-attr]
-                asked.append(sa.spi)
-                return state, replace(usage, packets=packets if len(asked) > 3 else 0)
-            return state, usage
+                asked.append(inbound.spi)
+                usage = replace(inbound.usage, packets=packets if len(asked) > 3 else 0)
+                inbound = replace(inbound, usage=usage)
+            return [inbound, *others]
 
-        monkeypatch.setattr(node.kernel, "get_replay", counted)
+        async def lingering(steps: MoveSteps, move: MobileMove) -> Any:
+            monkeypatch.setattr(node.kernel, "get_sas", counted)
+            return await linger(steps, move)
+
+        monkeypatch.setattr(MoveSteps, "_linger", lingering)
         await a_move(node, OLD, NSG, {b"\xc1\0\0\0": b"\xc3\0\0\0", b"\xc2\0\0\0": b"\xc4\0\0\0"})
         if not packets:
             # the gateway that served it may go on with the old one, until the other begins with the new one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 from types import SimpleNamespace
@@ -64,9 +65,9 @@ class CountedKernel:
         self.reqids = reqids
         self.asked = 0
 
-    def get_sa(self, destination: Address, spi: bytes, proto: int = 50) -> Any:
-        self.asked += 1
-        return SimpleNamespace(reqid=self.reqids[spi]) if spi in self.reqids else None
+    def get_sas(self, names: Sequence[tuple[Address, bytes]]) -> list[Any]:
+        self.asked += len(names)
+        return [SimpleNamespace(reqid=self.reqids[spi]) if spi in self.reqids else None for _, spi in names]
 
 
 def a_source(kernel: CountedKernel, departed: dict[SaName, tuple[IkeContext, float]]) -> CharonSource:
