@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,11 +76,15 @@ class KernelTables:
     def policies_about(self, reqids: Collection[int]) -> list[KernelPolicy]:
         return [one for one in self.dump_policies() if any(t.reqid in reqids for t in one.templates)]
 
+    def replace_policies(self, policies: Iterable[KernelPolicy]) -> None:
+        for policy in policies:
+            self.replace_policy(policy)
+
     def replace_policy(self, policy: KernelPolicy) -> None:
         self.step()
         self.policies[policy.direction, policy.selector, policy.mark] = policy
 
-    def delete_policies(self, policies: Sequence[KernelPolicy]) -> None:
+    def delete_policies(self, policies: Iterable[KernelPolicy]) -> None:
         for policy in policies:
             self.delete_policy(policy)
 

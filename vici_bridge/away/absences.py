@@ -527,16 +527,15 @@ class Away:
                 self._send_on(other)
         if self._kernel is not None:
             kept = {policy.raw for other in others for policy in (*other.blocks, *other.allows)}
-            for policy in (*row.allows, *row.blocks):
-                if policy.raw not in kept:
-                    self._kernel.delete_policy(policy)
+            over = [policy for policy in (*row.allows, *row.blocks) if policy.raw not in kept]
+            self._kernel.delete_policies(over)
         closed = set(row.closed) - {prefix for other in others for prefix in other.closed}
         if closed:
             self._detour.open_up(sorted(closed))
 
     def _shut(self, row: Departure) -> None:
-        for policy in row.blocks if self._kernel is not None else ():
-            self._kernel.replace_policy(policy)  # type: ignore[union-attr]
+        if self._kernel is not None:
+            self._kernel.replace_policies(row.blocks)
         if row.closed:
             self._detour.shut(row.closed)
 
@@ -544,8 +543,7 @@ class Away:
         if not row.sent_on or not row.via:
             return
         if self._kernel is not None:
-            for policy in row.allows:
-                self._kernel.replace_policy(policy)
+            self._kernel.replace_policies(row.allows)
         self._add(row.sent_on, row.via, row.inside)
 
     def _add(self, texts: Sequence[str], via: Sequence[Address], inside: Collection[Network]) -> None:

@@ -123,8 +123,8 @@ class Early:
 
     def speak(self, hushed: Iterable[KernelPolicy]) -> None:
         """End `hush`. Errors: KernelError."""
-        for policy in hushed if self._host.kernel is not None else ():
-            self._host.kernel.delete_policy(policy)  # type: ignore[union-attr]
+        if self._host.kernel is not None:
+            self._host.kernel.delete_policies(hushed)
 
     def read(self, here: IkeContext) -> tuple[EarlyChild, ...]:
         """Copies of what charon has installed; none if this SA is not one that can be early.
@@ -294,8 +294,7 @@ class Early:
             now = kernel.get_sa(sa.destination, sa.spi, sa.proto, sa.mark)
             if now is not None and is_early(now):
                 kernel.delete_sa(now)
-        for policy in policies:
-            kernel.delete_policy(policy)
+        kernel.delete_policies(policies)
 
 
 def _unfit(sa: KernelSa) -> bool:

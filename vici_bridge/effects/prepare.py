@@ -108,7 +108,7 @@ async def _import(work: Coming) -> Facts:
     work.early.number(work.sa, shape)
     work.early.go_on(work.sa, shape)
     if host.kernel is not None:
-        host.kernel.delete_policies(list(map(KernelPolicy.parse, work.facts.guards)))
+        host.kernel.delete_policies(map(KernelPolicy.parse, work.facts.guards))
     work.looks.came(view)
     host.segments.came(view.spis)
     return {**numbers_of(view), "guards": ()}

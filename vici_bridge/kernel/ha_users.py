@@ -34,7 +34,7 @@ class HaUsers:
         """Install it if somebody has removed it. Returns whether it was there. Errors: KernelError."""
         table = NftTable(TABLE)
         try:
-            stood = table.rules(CHAIN) == self._rules
+            stood = table.rules(CHAIN) == [self._rules]
         finally:
             table.close()
         if not stood:

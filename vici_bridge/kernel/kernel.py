@@ -312,11 +312,16 @@ class Kernel:
             return KernelSa.parse(answers[0]).spi if answers else None
         return None
 
+    def replace_policies(self, policies: Iterable[KernelPolicy]) -> None:
+        """Install policies, each in place of one with the same selector and direction, in one datagram.
+        Errors: KernelError."""
+        self.batch([policy.put() for policy in policies])
+
     def replace_policy(self, policy: KernelPolicy) -> None:
-        """Install a policy, in place of one with the same selector and direction. Errors: KernelError."""
+        """The same for one."""
         self._xfrm.ask(policy.put())
 
-    def delete_policies(self, policies: Sequence[KernelPolicy]) -> None:
+    def delete_policies(self, policies: Iterable[KernelPolicy]) -> None:
         """Those of these that are there, in one datagram. Errors: KernelError."""
         requests = [policy.delete() for policy in policies]
         for request, outcome in zip(requests, self._xfrm.transact(requests), strict=True):
@@ -434,8 +439,7 @@ class Kernel:
             policies = self.policies_about({sa.reqid for sa in late})
             policies = [policy for policy in policies if policy.limits.hard_add is not None]
             for sa in late:
-                for policy in policies_of(policies, sa, "in", "fwd"):
-                    self.delete_policy(policy)
+                self.delete_policies(policies_of(policies, sa, "in", "fwd"))
                 self.delete_sa(sa)
         return len(late)
 

@@ -92,7 +92,7 @@ class MessageIds:
     def right(self) -> bool | None:
         """Whether the present rules note messages that leave, tried now; None: there are no rules."""
         with self._lock:
-            return self._right() if self._table.rules(_CHAIN) else None
+            return self._right() if self._table.rules(_CHAIN) != [0] else None
 
     def close(self) -> None:
         """Stop; the kernel goes on noting."""
@@ -118,7 +118,7 @@ class MessageIds:
 
     def _right(self) -> bool:
         """Send a request and an answer from each port, with IDs whose octets all differ, and look."""
-        if self._table.rules(_CHAIN) != 2 * len(self._forms):
+        if self._table.rules(_CHAIN) != [2 * len(self._forms)]:
             return False
         for port, before in self._forms:
             spis = SaName(secrets.token_bytes(8), secrets.token_bytes(8))

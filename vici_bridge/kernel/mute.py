@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ikectx.errors import KernelError
@@ -69,7 +69,7 @@ class Mute:
         Called again after somebody may have removed it, or elements of it. Returns whether all was there.
         """
         with self._lock:
-            stood = all(self._stands(chain) for _, chain in _SIDES.values())
+            stood = self._stands(chain for _, chain in _SIDES.values())
             if not stood:
                 self._build()
             for name, muted in self._muted.items():
@@ -162,7 +162,7 @@ class Mute:
     def _add(self, pairs: Sequence[tuple[tuple[str, str], SaName]]) -> None:
         # Checked each time, because a reloaded firewall may have flushed table or rules, and a freeze that
         # does not freeze is worse than none.
-        if not all(self._stands(chain) for chain in {chain for (_, chain), _ in pairs}):
+        if not self._stands({chain for (_, chain), _ in pairs}):
             self._build()
         self._table.put([(name, spis.octets, b"") for (name, _), spis in pairs])
         for (name, _), spis in pairs:
@@ -178,9 +178,9 @@ class Mute:
             )
         return {SaName(each.key[:8], each.key[8:]): each.packets for each in found}
 
-    def _stands(self, chain: str) -> bool:
-        """Whether a chain is there with its rules."""
-        return self._table.rules(chain) == _RULES
+    def _stands(self, chains: Iterable[str]) -> bool:
+        """Whether these chains are there with their rules."""
+        return all(count == _RULES for count in self._table.rules(*chains))
 
     def _build(self) -> None:
         """Make table, sets, chains and rules, in one transaction; muted SAs stay muted."""

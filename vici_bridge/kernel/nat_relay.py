@@ -87,7 +87,7 @@ class NatRelay:
             self._table.change(*difference(there, after))
 
     def _stands(self) -> bool:
-        return self._table.rules(_PRE) == _PRE_RULES and self._table.rules(_POST) == _POST_RULES
+        return self._table.rules(_PRE, _POST) == [_PRE_RULES, _POST_RULES]
 
     def _build(self) -> None:
         table = f"inet {TABLE}"

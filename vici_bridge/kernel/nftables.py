@@ -63,14 +63,17 @@ class NftTable:
             self._socket.close()
             self._socket = None
 
-    def rules(self, chain: str) -> int:
-        """Number of the chain's rules; 0 if there is no chain."""
-        body = _text(1, self.name) + _text(3, chain)
-        request = XfrmRequest(Secret(_message(_GETCHAIN, REQUEST | ACK, body)), f"look for chain {chain}")
+    def rules(self, *chains: str) -> list[int]:
+        """Number of each chain's rules; 0 if there is no such chain."""
+        requests = []
+        for chain in chains:
+            message = _message(_GETCHAIN, REQUEST | ACK, _text(1, self.name) + _text(3, chain))
+            requests.append(XfrmRequest(Secret(message), f"look for chain {chain}"))
         with self._ours():
-            for answer in self._outcomes(request)[0].answers:
-                return int.from_bytes(dict(attributes(answer[20:])).get(6, b""))
-        return 0
+            return [
+                int.from_bytes(dict(attributes(one.answers[0][20:])).get(6, b"")) if one.answers else 0
+                for one in self._outcomes(*requests)
+            ]
 
     def elements(self, name: str, key: bytes | None = None) -> list[Element]:
         """The element of that key, or all. Empty if there is no such set."""
