@@ -16,7 +16,6 @@ later.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 
@@ -78,7 +77,7 @@ class Held:
         for source, datagrams in questions.items():
             question = UnknownMessage(self._spis, tuple(datagrams), self._local, source)
             try:
-                await asyncio.to_thread(deliver, question, mark=self._mark)
+                deliver(question, mark=self._mark)  # over the loopback interface, as quick as a thread begins
             except OSError as error:  # a firewall of this host: the mobile node will send it again
                 log.info("the MN's request could not be given to charon: %s", error.strerror)
         return len(heard)
