@@ -22,7 +22,6 @@ from typing import Any, Literal
 from ikectx.disk.store import SqliteStore
 from ikectx.driver import GatewayHooks
 from ikectx.engine.journaled import MobileConfig, TransferPolicy
-from ikectx.engine.ports import Address as Wish
 from ikectx.engine.report import TransferEvent, TransferReport, mn_label
 from ikectx.errors import (
     CharonError,
@@ -44,9 +43,10 @@ from ikectx.timing import Timing
 from mobike_ext.naming import asks_for_names
 from mobike_ext.packet_hold import Held
 from mobike_ext.watch import Watcher
+from vici_bridge.announcing import announce_to_relayed
 from vici_bridge.effects.sink import CharonSink
 from vici_bridge.effects.source import CharonSource
-from vici_bridge.exchanges import MnEnder, MnInviter, MnMover, MnRenamer, MnSettler
+from vici_bridge.exchanges import MnEnder, MnMover, MnRenamer, MnSettler, MnTeller
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.ha_users import HaUsers
@@ -56,7 +56,7 @@ from vici_bridge.old_store import look_at_store
 from vici_bridge.policy.admission import numbered
 from vici_bridge.policy.allowed import AllowedConnection
 from vici_bridge.policy.identities import reauthentication
-from vici_bridge.roaming import passed_on
+from vici_bridge.roaming import follow_esp, passed_on
 from vici_bridge.vici.codec import Message, with_json
 from vici_bridge.vici.control import ControlServer, Response
 
@@ -66,7 +66,7 @@ from .detours import find, names, need_ways
 from .in_doubt import InDoubt, operator
 from .move_log import log_event
 from .render import context_json
-from .requests import GATEWAY, plain_address
+from .requests import ADDRESSES, GATEWAY, plain_address
 from .settings import left_quietly, with_numbers, within_patience
 from .views import charon_json, chosen, sa_name, view_json
 
@@ -120,17 +120,6 @@ def host_config(config: Config) -> HostConfig:
     )
 
 
-ADDRESSES: Mapping[str, Wish] = {
-    "auto": "auto",
-    "move": "update",
-    "update": "update",
-    "keep": "keep",
-    "relay": "relay",
-    "invite": "invite",
-}
-"""How a mobile node is to get to the other gateway, by the word of the option; "update" is the older word."""
-
-
 def _addresses(hosts: Iterable[str]) -> Iterator[Address]:
     """The hosts that are written as addresses, not as names."""
     for host in hosts:
@@ -154,7 +143,7 @@ class Agent:
             self._host,
             MnMover(addresses, call_back, timeout, MARK),
             MnEnder(call_back, timeout, MARK),
-            MnInviter(call_back, timeout, MARK),
+            MnTeller(call_back, timeout, MARK),
         )
         self._sink = CharonSink(
             self._host,
@@ -268,6 +257,9 @@ class Agent:
             await self._mn_server.start()
         if self._config.by_packet is not None:
             self._watch()
+        self._host.spawn(follow_esp(self._host))
+        if after := self._config.transfer.announce_after:
+            self._host.spawn(announce_to_relayed(self._host, after, self._gateway.announce))
         await self._control.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)

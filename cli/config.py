@@ -98,7 +98,7 @@ class TransferConfig:
     `revocation_lists`: PEM files, lists of the CAs in `ca`; `expired_lists`: whether they go on to count
     when their next update is due ("accept"), or peers are refused then. `collision`: how an SA whose SPI is
     taken here is treated. `rekey_after`: what is rekeyed with a new key exchange after an SA came
-    here.
+    here. `announce_after`: how long after its SA came a relayed mobile node is told our addresses; 0: never.
     """
 
     listen: tuple[HostPort, ...]
@@ -110,6 +110,7 @@ class TransferConfig:
     predictive_seconds: float = 60.0
     collision: str = "update"
     rekey_after: RekeyAfter = "no"
+    announce_after: float = 0.0
     oseq_jump: int = 65536
     late_seconds: int = 5
     prepare_timeout: float = 30.0
@@ -335,6 +336,7 @@ def _transfer(table: TomlTable, file: Callable[[Any], Path]) -> TransferConfig:
         predictive_seconds=table.value("predictive_seconds", seconds(1, 3600), default.predictive_seconds),
         collision=table.value("collision", one_of("update", "rekey", "refuse"), default.collision),
         rekey_after=table.value("rekey_after", _rekey_after, default.rekey_after),
+        announce_after=table.value("announce_after", seconds(0, 86400), default.announce_after),
         oseq_jump=table.value("oseq_jump", an_integer(1, OSEQ_JUMP), default.oseq_jump),
         late_seconds=table.value("late_seconds", an_integer(0, 60), default.late_seconds),
         prepare_timeout=table.value("prepare_timeout", seconds(1, 600), default.prepare_timeout),

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING
 from vici_bridge.vici.request_keys import Keys, Kind
 
 if TYPE_CHECKING:
+    from ikectx.engine.ports import Address as Wish
     from ikectx.sa.context import Address
 
+ADDRESSES: Mapping[str, Wish] = {
+    **{"auto": "auto", "move": "update", "update": "update", "keep": "keep"},
+    **{"relay": "relay", "invite": "invite"},
+}
+"""How a mobile node is to get to the other gateway, by the word of the option; "update" is the older word."""
 _NAMES: dict[str, Kind] = {"ike": "text", "ike-id": "text", "spi": "text", "peer": "text", "all": "flag"}
 """The ways to name IKE_SAs (`views.chosen`)."""
 

@@ -19,7 +19,7 @@ from functools import partial
 
 from ikectx.disk.audit import Verified
 from ikectx.disk.store import SqliteStore
-from ikectx.engine.core import Arrive, Engine, Pull, Resolve, Show, Tell, Transfer
+from ikectx.engine.core import Announce, Arrive, Engine, Pull, Resolve, Show, Tell, Transfer
 from ikectx.engine.journal import JournalEntry
 from ikectx.engine.journaled import EngineConfig, TransferPolicy
 from ikectx.engine.ports import Address, ContextSink, ContextSource
@@ -247,6 +247,12 @@ class Gateway:
         cancelled = self._driver.engine.cancel(self._driver.now(), transfer_id)
         self._driver.pump()
         return cancelled
+
+    async def announce(self, sa: SaName) -> None:
+        """Tell the mobile node of that SA the addresses of this gateway, by which it may come itself when it
+        is relayed (RFC 4555, 3.6). Errors: UnknownSaError, BusyError, RefusedError, LinkError (silent)."""
+        self._running()
+        await self._driver.ask(Announce(SaName(*sa)))
 
     async def resolve(self, transfer_id: str, decision: Decision, by: str = "operator") -> TransferReport:
         """Serve the SA of a transfer in doubt here again ("reclaim"), or drop it here ("give-up"), whatever

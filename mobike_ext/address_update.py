@@ -133,6 +133,14 @@ class AddressNotice:
             raise UsageError(f"COOKIE2 has {COOKIE2_LENGTH} octets here, not {len(self.cookie2)}")
 
 
+def further(addresses: Sequence[Address], known: Address | None = None) -> list[NotifyPayload]:
+    """The list of a gateway's addresses beside the one that the mobile node uses, which replaces the list
+    that it has (RFC 4555, 3.6)."""
+    kinds = {4: Notify.ADDITIONAL_IP4_ADDRESS, 6: Notify.ADDITIONAL_IP6_ADDRESS}
+    said = [NotifyPayload(kinds[one.version], one.packed) for one in addresses if one != known]
+    return said or [NotifyPayload(Notify.NO_ADDITIONAL_ADDRESSES)]
+
+
 class AddressPart:
     """The gateway's address in a request, and the evaluation of the answer to it."""
 
@@ -150,16 +158,8 @@ class AddressPart:
             NotifyPayload(Notify.UPDATE_SA_ADDRESSES),
             *nat_detection(self._spis, self._local, self._remote, self._conditions),
             NotifyPayload(Notify.COOKIE2, self._cookie2),
-            *self._further(),
+            *(() if self._additional is None else further(self._additional, self._local.address)),
         ]
-
-    def _further(self) -> list[NotifyPayload]:
-        if self._additional is None:
-            return []
-        kinds = {4: Notify.ADDITIONAL_IP4_ADDRESS, 6: Notify.ADDITIONAL_IP6_ADDRESS}
-        further = [one for one in self._additional if one != self._local.address]
-        said = [NotifyPayload(kinds[one.version], one.packed) for one in further]
-        return said or [NotifyPayload(Notify.NO_ADDITIONAL_ADDRESSES)]
 
     def refusal(self, answer: IkeMessage) -> Refused | None:
         """Why the answer does not accept the address; None: it does."""

@@ -15,6 +15,7 @@ from ikectx.numbers import Prf, Protocol
 from ikectx.sa.context import Address, ChildContext, FinalState, IkeContext
 from ikectx.sa.keys import DrawnIvs, iv_length, prf_plus, sk_keys
 from ikectx.wire.ikev2 import RetransmitPolicy
+from ikectx.wire.payloads import AnyPayload
 from mobike_ext.address_update import COOKIE2_LENGTH, AddressNotice, AddressUpdate
 from mobike_ext.farewell import Farewell
 from mobike_ext.link import (
@@ -29,7 +30,7 @@ from mobike_ext.link import (
     run_spi_update,
 )
 from mobike_ext.naming import MOST, ask, ask_peer, renamed_context
-from mobike_ext.notify import Invitation, UpdateSpi
+from mobike_ext.notify import UpdateSpi
 from mobike_ext.probe import MidProbe
 from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, IkeMade, IkeRekey
 from mobike_ext.requester import SaEnd
@@ -127,20 +128,21 @@ class MnSettler:
         return found
 
 
-class MnInviter:
-    """Tells the mobile node's agent to ask another gateway for its SA. Arguments as for `MnMover`."""
+class MnTeller:
+    """Tells the mobile node something over the SA. Arguments as for `MnMover`."""
 
     def __init__(self, tries: int, timeout: float, mark: int = 0) -> None:
         self._policy = RetransmitPolicy(timeout, tries=tries)
         self._mark = mark
 
-    async def __call__(self, here: IkeContext, message_id: int, gateway: str) -> int:
-        """The message ID of our next request. The same octets for the same message ID, also after a crash.
+    async def __call__(self, here: IkeContext, message_id: int, payloads: Sequence[AnyPayload]) -> int:
+        """The message ID of our next request. The same octets for the same payloads, also after a crash.
 
         Errors: LinkError (silent).
         """
         now = here.current
-        label = b"ikectx invitation " + _path(here) + gateway.encode()
+        # the IVs depend on the payloads, too (`keys.DrawnIvs`)
+        label = b"ikectx telling " + _path(here)
         sk_d, size = sk_keys(now).sk_d.reveal(), iv_length(now.encr)
         first, second = (
             DrawnIvs.of(prf_plus(now.prf, sk_d, label + (message_id + used).to_bytes(4), size))
@@ -153,7 +155,7 @@ class MnInviter:
             here.remote,
             ivs=(first, second),
             policy=self._policy,
-            payloads=(Invitation(gateway).serialize(),),
+            payloads=payloads,
         )
         return await run_mid_probe(machine, mark=self._mark)
 

@@ -58,7 +58,7 @@ from vici_bridge.policy.obstacles import check_alone, check_context, check_kind,
 from vici_bridge.vici.charon import Charon
 from vici_bridge.vici.codec import Message
 from vici_bridge.vici.list_sas import Listing
-from vici_bridge.vici.views import SaView
+from vici_bridge.vici.views import SaView, sa_view
 
 from .deadlines import Deadlines
 from .doubts import Doubts
@@ -193,7 +193,7 @@ class CharonHost:
         await self.doubts.begin(() if self.config.mobile_node else self.record.names())
         if not self.config.mobile_node:
             self.reloads.watch()
-        self.vici.watch(self._charon_state)
+        self.vici.watch(self._charon_state, None if self.config.mobile_node else self._moves)
         self.spawn(self.traps.watch())
         self.spawn(DueRekeys(self.deadlines, self.fresh, self.views, self._rekey).watch())
 
@@ -313,6 +313,12 @@ class CharonHost:
             self.spawn(self._reconcile())
         else:
             log.warning("charon is not reachable over VICI at %s", self.config.vici)
+
+    def _moves(self, told: Message) -> None:
+        """charon's event `ike-update`: where the SA's mobile node is now, and the SA as it was."""
+        for name, body in told.items():
+            if isinstance(body, dict):
+                self.follow.moves(sa_view(name, body).spis, str(told.get("remote-host", "")))
 
     async def _reconcile(self) -> None:
         """After charon came (back): forget SAs that it no longer has."""

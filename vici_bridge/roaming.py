@@ -1,9 +1,13 @@
-"""A relayed mobile node that sends from another place than before: its IKE shows where (I/O).
+"""A relayed mobile node that sends from another place than before: its IKE or ESP shows where (I/O).
 
 Its NAT gives it another port, or it has roamed. ESP is passed on by address and port, so the first IKE
-request that comes from elsewhere makes the new place known, and is passed on itself. The gateway that serves
-the SA decides whether the mobile node is there, because only that can authenticate it; for that gateway the
-mobile node's NAT has other addresses now.
+request that comes from elsewhere makes the new place known, and is passed on itself. So does ESP in UDP under
+an SPI of the mobile node's, because a NAT may forget a mapping that IKE does not use (`follow_esp`).
+
+The gateway that serves the SA decides whether the mobile node is there, because only that can authenticate
+it; for that gateway the mobile node's NAT has other addresses now, as its own kernel tells its charon once an
+ESP packet that it has not seen before comes from there (XFRM_MSG_MAPPING). A recorded packet that somebody
+sends from elsewhere is one that it has seen.
 """
 
 from __future__ import annotations
@@ -19,9 +23,15 @@ from ikectx.sa.name import SaName
 from ikectx.wire.ikev2 import add_marker
 from mobike_ext.packet_io import udp_datagram
 from vici_bridge.away.absences import Away
+from vici_bridge.kernel.nat_relay import Stranger
 from vici_bridge.kernel.nat_rule import NatRule
 
+from .host import CharonHost
+
 log = logging.getLogger(__name__)
+
+LOOK = 0.5
+"""Seconds between two looks."""
 
 
 async def passed_on(away: Away, datagrams: tuple[bytes, ...], local: Endpoint, remote: Endpoint) -> bool:
@@ -36,6 +46,30 @@ async def passed_on(away: Away, datagrams: tuple[bytes, ...], local: Endpoint, r
     except (IkectxError, OSError) as error:
         log.error("%s at %s is not relayed: %s", row.mn, remote, error)
     return True
+
+
+async def follow_esp(host: CharonHost) -> None:
+    """Look for ESP of relayed mobile nodes that comes from other places, for ever.
+
+    At most one new place for each of them at a time, because whoever has seen one packet can send such ESP.
+    """
+    while True:
+        await asyncio.sleep(LOOK)
+        try:
+            strangers = host.nat.strangers() if host.away.passing.in_udp else []
+            followed: set[str] = set()
+            for one in strangers:
+                row = host.away.relayed_from(one.known)
+                if row is not None and row.key not in followed and not _ours(host, one):
+                    followed.add(row.key)
+                    host.away.roamed(row, one.mn, one.ours)
+        except IkectxError as error:
+            log.error("ESP of relayed mobile nodes is not followed now: %s", error)
+
+
+def _ours(host: CharonHost, stranger: Stranger) -> bool:
+    """Whether the SPI is that of an SA here as well: then nobody knows whose packet it was."""
+    return host.kernel is not None and host.kernel.get_sa(stranger.ours.address, stranger.spi) is not None
 
 
 def _send(rule: NatRule, datagrams: tuple[bytes, ...]) -> None:

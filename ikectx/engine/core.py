@@ -119,6 +119,14 @@ class Resolve:
 
 
 @dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell the mobile node of that SA the addresses of this gateway. Outcome: None. Errors: UnknownSaError,
+    BusyError, RefusedError, LinkError (silent)."""
+
+    sa: SaName
+
+
+@dataclass(frozen=True, slots=True)
 class Tell:
     """Tell a peer where an SA is that it gave. Outcome: None, as soon as it will not be forgotten."""
 
@@ -126,7 +134,7 @@ class Tell:
     news: Whereabouts
 
 
-Wanted = Transfer | Pull | Show | Arrive | Resolve | Tell
+Wanted = Transfer | Pull | Show | Arrive | Resolve | Announce | Tell
 
 
 class Engine:
@@ -288,6 +296,8 @@ class Engine:
                 return (yield from self.arrivals.ctar(message, source))
             case Resolve(transfer_id, decision, by):
                 return (yield from self.transfers.resolve(transfer_id, decision, by))
+            case Announce(sa):
+                yield from self.transfers.announce(sa)
             case Tell(peer, news):
                 yield from self._notices.tell(peer, news)
         return None

@@ -79,7 +79,8 @@ class Invites:
 
 @dataclass(frozen=True, slots=True)
 class Invite:
-    """Tell the mobile node's agent to ask the gateway `to` for its SA. Outcome: None."""
+    """Tell the mobile node's agent to ask the gateway `to` for its SA, or, if empty, the mobile node this
+    gateway's addresses. Outcome: None."""
 
     NAME: ClassVar[str] = "invite"
     sa: SaName

@@ -197,6 +197,21 @@ class Transfers:
             del self._asked_for[sa]
             self._parts.scheduler.open(over)
 
+    def announce(self, sa: SaName) -> Steps[None]:
+        """Tell the mobile node this gateway's addresses. Errors: as those of the export, LinkError
+        (silent)."""
+        yield from self._turn(sa)
+        yield from self._tell(sa, "")
+
+    def _tell(self, sa: SaName, gateway: str) -> Steps[None]:
+        """See `ContextSource.invite`. Nobody else moves the SA meanwhile."""
+        over = self._asked_for[sa] = Gate()
+        try:
+            yield Do(Invite(sa, gateway), self._parts.fresh(8))
+        finally:
+            del self._asked_for[sa]
+            self._parts.scheduler.open(over)
+
     def _relay_instead(
         self, peer: PeerConfig, sa: SaName, kept: TransferReport, asked_by: str, ticket: int
     ) -> Steps[TransferReport]:
@@ -214,13 +229,8 @@ class Transfers:
         Errors: RefusedError, those of the export.
         """
         why, self._invited[sa] = "its agent did not answer", None
-        over = self._asked_for[sa] = Gate()
         try:
-            try:
-                yield Do(Invite(sa, peer.name), self._parts.fresh(8))
-            finally:
-                del self._asked_for[sa]
-                self._parts.scheduler.open(over)
+            yield from self._tell(sa, peer.name)
             until = self._parts.now + INVITED
             while self._parts.now < until:
                 report = self._invited[sa]

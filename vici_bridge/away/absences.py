@@ -231,6 +231,13 @@ class Away:
             (row for row in self._rows.values() if row.rules and name in (row.sa, row.known_as)), None
         )
 
+    def relayed_from(self, places: Collection[tuple[Endpoint, Address]]) -> Departure | None:
+        """The SA that left whose packets are passed on from one of these places to the gateway beside it."""
+        for row in self._rows.values():
+            if any((rule.mn, rule.to) in places for rule in row.rules.values()):
+                return row
+        return None
+
     def roamed(self, row: Departure, mn: Endpoint, ours: Endpoint) -> NatRule | None:
         """A relayed mobile node sends from `mn` to `ours`: pass its packets on from there, too.
 
@@ -255,6 +262,15 @@ class Away:
                 else row.relay
             )
             self._change(row, replace(row, known_as=name, relay=relay))
+
+    def came(self, peer: str, sa: SaName, epoch: int) -> None:
+        """The mobile node has gone to the gateway that the SA was given to: pass nothing on any more.
+        Errors: KernelError, StoreError."""
+        row = self._rows.get(sa.key)
+        if row is not None and (row.epoch, row.peer) == (epoch, peer) and row.relay is not None:
+            log.info("%s has gone to %s itself, and is not relayed any more", row.mn, peer)
+            now = replace(row, relay=None, guests=())
+            self._change(row, None if now.empty else now)
 
     def _pass_on(self, row: Departure | None, now: Departure | None) -> None:
         before, after = ({} if one is None else one.places for one in (row, now))

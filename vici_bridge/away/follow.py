@@ -51,6 +51,9 @@ class Follow:
         if news.what == What.RENAMED:
             self._away.renamed(peer, news.sa, news.epoch, *spis_in(news.to))
             return
+        if news.what == What.CAME:
+            self._away.came(peer, news.sa, news.epoch)
+            return
         kind = _NEWS[news.what]
         departure = self._away.hear(peer, news.sa, news.epoch, kind, news.to)
         if departure is not None:
@@ -73,6 +76,10 @@ class Follow:
                 self._renamed(old, new)
             case Deleted(name):
                 self._try(lambda: self._origins.gone(name, self._heir))
+
+    def moves(self, sa: SaName, mn: str) -> None:
+        """charon reports that the mobile node of that SA is at the address `mn` now. Raises nothing."""
+        self._try(lambda: self._origins.reached(sa, mn))
 
     def _renamed(self, old: SaName, new: SaName) -> None:
         """The SA has other SPIs, of its own or of its CHILD_SAs."""

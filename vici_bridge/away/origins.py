@@ -56,6 +56,7 @@ class Origin:
 
     `mn`: the mobile node's identity. `prefixes`: its addresses. `since`: when it came to its place, seconds
     since 1970. `relay`: the address of the peer at which the mobile node stays; empty: it came itself.
+    `announced`: the mobile node was told this gateway's addresses, or cannot be.
     """
 
     peer: str
@@ -67,6 +68,7 @@ class Origin:
     since: float
     place: Place = Place.COMING
     relay: str = ""
+    announced: bool = False
 
     @property
     def key(self) -> str:
@@ -87,6 +89,7 @@ class Origin:
                 "since": self.since,
                 "place": str(self.place),
                 "relay": self.relay,
+                "announced": self.announced,
             }
         ).encode()
 
@@ -107,6 +110,7 @@ class Origin:
                 since=found["since"],
                 place=Place(found["place"]),
                 relay=found.get("relay", ""),
+                announced=found.get("announced", False),
             )
 
 
@@ -155,6 +159,27 @@ class Origins:
             if row.relay and row.relay == str(context.remote.address):
                 return row.peer
         return ""
+
+    def unannounced(self, seconds: float) -> list[SaName]:
+        """The SAs whose mobile node has stayed for so long at another gateway's address, and was not told
+        ours."""
+        due = self._wall() - seconds
+        there = [row for row in self._rows.values() if row.relay and row.place is Place.HERE]
+        return [row.now for row in there if not row.announced and row.since <= due]
+
+    def announced(self, sa: SaName) -> None:
+        """The mobile node was told this gateway's addresses, or cannot be. Errors: StoreError."""
+        for row in self._now(sa, Place.HERE):
+            self._keep(replace(row, announced=True))
+
+    def reached(self, sa: SaName, mn: str) -> None:
+        """The mobile node sends from that address now: if that is not the gateway's which relays it, it has
+        come itself. Errors: StoreError."""
+        for row in self._now(sa, Place.HERE):
+            if row.relay and row.relay != mn:
+                log.info("%s has come here itself, %s need not relay it any more", row.mn, row.peer)
+                self._tell(row, What.CAME)
+                self._keep(replace(row, relay=""))
 
     def undone(self, context: IkeContext) -> None:
         """The SA did not come after all; it may have been served for a moment, until the disk was full."""

@@ -48,6 +48,11 @@ class Passing:
         """Whether this host can pass packets on at all."""
         return self._nat is not None
 
+    @property
+    def in_udp(self) -> bool:
+        """Whether ESP in UDP is passed on."""
+        return any(rule.esp and not rule.plain for rule in self._rules.values())
+
     def seen_at(self, context: IkeContext) -> Endpoint:
         """The endpoint of this gateway that is to stand for the mobile node. Errors: BusyError."""
         key = context.spis.key

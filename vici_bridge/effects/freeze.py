@@ -20,14 +20,16 @@ unless an exchange may be under way.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ikectx import trace
 from ikectx.errors import BusyError
 from ikectx.sa.context import ChildContext, FinalChild, FinalState, IkeContext, ReplayState
+from ikectx.wire.payloads import AnyPayload
 from vici_bridge.vici.views import SaView
 
-from .leaving import LIVING, Inviter, Leaving, in_the_way, last_request, outbound_of
+from .leaving import LIVING, Leaving, Teller, in_the_way, last_request, outbound_of
 from .runner import Facts, LedgerStep, StepEffect, with_context
 
 IDLE_TIMEOUT = 3.0
@@ -40,11 +42,12 @@ QUIET = 1.0
 @dataclass(slots=True)
 class Freezing(Leaving):
     """known: the SA with the message IDs that were found. listed: charon's last view. final: its ESP SAs as
-    they were left. inviter: tells the mobile node's agent of another gateway."""
+    they were left. teller: tells the mobile node the payloads `told`."""
 
     known: IkeContext | None = None
     listed: SaView | None = None
-    inviter: Inviter | None = None
+    teller: Teller | None = None
+    told: Sequence[AnyPayload] = ()
     final: tuple[FinalChild, ...] = ()
 
     def result(self) -> FinalState:

@@ -1,7 +1,8 @@
-"""Invite: the mobile node's agent is told to ask another gateway for its SA, over the SA itself.
+"""Invite: over the SA itself the mobile node's agent is told to ask another gateway for it, or a relayed
+mobile node the addresses of this gateway.
 
 1. Mute the mobile node's messages to charon, wait until charon has ended its exchange, and mute charon's own.
-2. Note charon's next message ID, then send the invitation under it. A step that begins anew sends the same
+2. Note charon's next message ID, then send the request under it. A step that begins anew sends the same
    octets, and the mobile node answers them as it did before.
 3. Tell charon which message ID is next, and unmute it. It had to wait, because it would use that ID.
 
@@ -35,8 +36,8 @@ async def _note_id(work: Freezing) -> Facts:
 
 async def _invite(work: Freezing) -> Facts:
     request = work.facts.request
-    assert request is not None and work.inviter is not None
-    return {"request": await work.inviter(work.context, request, work.to)}
+    assert request is not None and work.teller is not None
+    return {"request": await work.teller(work.context, request, work.told)}
 
 
 async def _tell_id(work: Freezing) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from ikectx.engine.ledger import SourceFacts
 from ikectx.sa.context import NO_TAGS, Address, IkeContext, Tags
 from ikectx.sa.name import SaName
+from ikectx.wire.payloads import AnyPayload
 from vici_bridge.host import CharonHost, Mover
 from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.xfrm import KernelPolicy
@@ -16,9 +17,9 @@ from vici_bridge.vici.views import SaView
 Ender = Callable[[IkeContext, Sequence[int]], Awaitable[bool]]
 """Deletes the SA of a context at its mobile node, under each of the message IDs; returns whether it
 answered."""
-Inviter = Callable[[IkeContext, int, str], Awaitable[int]]
-"""Tells the agent of the mobile node of a context to ask the gateway of that name, under that message ID;
-returns the next one. Errors: LinkError (silent)."""
+Teller = Callable[[IkeContext, int, Sequence[AnyPayload]], Awaitable[int]]
+"""Tells the mobile node of a context these payloads, under that message ID; returns the next one. Errors:
+LinkError (silent)."""
 SCRIPT_LIMIT = 25.0
 """Seconds for the calls of the updown script for one SA. Slower ones are repeated later."""
 LIVING = ("INSTALLED",)

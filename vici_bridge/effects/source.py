@@ -25,6 +25,8 @@ from ikectx.sa.context import NO_TAGS, Address, ChildContext, FinalChild, FinalS
 from ikectx.sa.keys import esp_keys
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
+from mobike_ext.address_update import further
+from mobike_ext.notify import Invitation
 from vici_bridge.away.passing import rule_for
 from vici_bridge.host import CharonHost, Mover
 from vici_bridge.kernel.nat_relay import forwards_packets
@@ -38,8 +40,9 @@ from vici_bridge.policy.obstacles import (
     check_ports,
     check_told,
 )
-from vici_bridge.policy.ways import behind_nat, caution, check_relay, reason, wanted
+from vici_bridge.policy.ways import behind_nat, caution, check_relay, forgetful, reason, wanted
 from vici_bridge.vici.views import (
+    EXT_MOBIKE,
     ChildView,
     SaView,
     child_lifetime,
@@ -50,7 +53,7 @@ from vici_bridge.vici.views import (
 
 from .freeze import DIVERT, FREEZE, Freezing, goes_on_still, stop_at_last
 from .invite import INVITE, SPEAKS
-from .leaving import LIVING, Ender, Inviter, Leaving, in_the_way, last_request
+from .leaving import LIVING, Ender, Leaving, Teller, in_the_way, last_request
 from .release import RELEASE
 from .runner import Runner, context_of
 from .thaw import CALLS_BACK, THAW
@@ -70,14 +73,14 @@ class CharonSource(ContextSource):
         host: CharonHost,
         mover: Mover,
         ender: Ender | None = None,
-        inviter: Inviter | None = None,
+        teller: Teller | None = None,
     ) -> None:
-        """`mover`, `ender` and `inviter` must reach the mobile node while the SA is muted, by the mark
+        """`mover`, `ender` and `teller` must reach the mobile node while the SA is muted, by the mark
         `mute.MARK`."""
         self._host = host
         self._mover = mover
         self._ender = ender
-        self._inviter = inviter
+        self._teller = teller
         self._runner: Runner[Any] = Runner(host.leaving, host.spawn, DIVERT, FREEZE, THAW, RELEASE, INVITE)
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
@@ -292,7 +295,7 @@ class CharonSource(ContextSource):
             context = host.context(sa)
         except IkectxError:
             return False  # the export says why it cannot be moved
-        able = self._inviter is not None and host.agents.has(context)
+        able = self._teller is not None and host.agents.has(context)
         if address == "invite" and not able:
             raise RefusedError(
                 "the MN is not known to have an agent, so nobody there would understand an invitation",
@@ -307,7 +310,14 @@ class CharonSource(ContextSource):
         """See `ContextSource.invite`."""
         host = self._host
         context = await self.export(sa)
-        work = Freezing(host, context, self._mover, partial(self._view, sa), to=to, inviter=self._inviter)
+        if to:
+            told = [Invitation(to).serialize()]
+        elif context.extensions & EXT_MOBIKE and not forgetful(context):
+            told = further(host.config.addresses)
+        else:
+            raise RefusedError("the MN does not speak MOBIKE", status=Status.NO_MOBIKE)
+        look = partial(self._view, sa)
+        work = Freezing(host, context, self._mover, look, to=to, teller=self._teller, told=told)
         try:
             await self._runner.run(INVITE, work)
         except BaseException:

@@ -12,6 +12,8 @@ of this host's own would be refused by the look-up of routes between the two (as
   nothing, and on the way back by a port of this gateway, one for each mobile node. The exchanges that begin
   an IKE_SA (RFC 7296, 1.2) are not passed on, because with them the mobile node asks for an SA with this
   gateway.
+  The SPIs of that ESP are noted. ESP under one of them that comes from another place is noted as well,
+  because a NAT may give its mobile node another port at any time (`strangers`), and is not passed on.
 - ESP without UDP is known by the mobile node's address, and on the way back by its SPI, or, if the other
   gateway serves only one such mobile node of ours, by that gateway's address.
 
@@ -22,17 +24,36 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
+
+from ikectx.sa.context import Address, Endpoint
 
 from .nat_rule import HEADS, NatRule, difference, elements, maps
 from .nftables import NftTable, run_nft
 
 TABLE = "ikectx_nat"
 _PRE, _POST = "pre", "post"
-_PRE_RULES, _POST_RULES = 16, 10
+_PRE_RULES, _POST_RULES = 18, 10
 _DONE = "counter notrack accept"
 _LATER = "36, 37, 44"
 """CREATE_CHILD_SA, INFORMATIONAL, IKE_FOLLOWUP_KE: exchanges of an IKE_SA that is there."""
+_SPI = "@th,64,32"
+"""That of ESP in UDP."""
+_NOTED, _STRANGERS = 65536, 256
+"""SPIs and strangers that are noted, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """ESP in UDP has come from `mn` to this gateway's address `ours`, a place that is not passed on, under
+    `spi`, which has been used from the places `known`, each with the gateway that it was passed on to."""
+
+    mn: Endpoint
+    ours: Endpoint
+    spi: bytes
+    known: tuple[tuple[Endpoint, Address], ...]
 
 
 class NatRelay:
@@ -86,6 +107,30 @@ class NatRelay:
             }
             self._table.change(*difference(there, after))
 
+    def strangers(self) -> list[Stranger]:
+        """Those that came since this was asked last; some, if there were many."""
+        found = []
+        with self._lock:
+            for version, size in ((4, 4), (6, 16)):
+                name = f"strange{version}"
+                keys = [element.key for element in self._table.elements(name)]
+                if not keys:
+                    continue
+                self._table.remove([name], keys)
+                heard = [element.key for element in self._table.elements(f"heard{version}")]
+                for key in keys:
+                    (mn, ours), spi = self._places(key, size), key[-4:]
+                    known = [self._places(one, size) for one in heard if one[-4:] == spi]
+                    places = tuple((place, to.address) for place, to in known)
+                    found.append(Stranger(mn, replace(ours, port=self._marked), spi, places))
+        return found
+
+    @staticmethod
+    def _places(key: bytes, size: int) -> tuple[Endpoint, Endpoint]:
+        """Of saddr . sport . daddr . SPI: the source, and the destination without a port."""
+        source, port, destination = key[:size], key[size : size + 2], key[size + 4 : 2 * size + 4]
+        return Endpoint(ip_address(source), int.from_bytes(port)), Endpoint(ip_address(destination), 0)
+
     def _stands(self) -> bool:
         return self._table.rules(_PRE, _POST) == [_PRE_RULES, _POST_RULES]
 
@@ -93,6 +138,17 @@ class NatRelay:
         table = f"inet {TABLE}"
         lines = [f"add table {table}"]
         lines += [f"add map {table} {name} {{ typeof {kind}; }}" for name, kind in maps().items()]
+        for version, head in HEADS.items():
+            place = f"{head} saddr . udp sport . {head} daddr . {_SPI}"
+            for name, key, size, timeout in (
+                (f"heard{version}", place, _NOTED, "1h"),
+                (f"spis{version}", _SPI, _NOTED, "1h"),
+                (f"strange{version}", place, _STRANGERS, "1m"),
+            ):
+                lines.append(
+                    f"add set {table} {name} {{ typeof {key}; flags dynamic,timeout; size {size}; "
+                    f"timeout {timeout}; }}"
+                )
         lines += [
             # before conntrack, which must not take such a packet for a connection of its own
             f"add chain {table} {_PRE} {{ type filter hook prerouting priority -310; policy accept; }}",
@@ -104,12 +160,17 @@ class NatRelay:
         for version, head in HEADS.items():
             pre, post = (f"add rule {table} {chain}" for chain in (_PRE, _POST))
             both, source = f"{head} saddr . {head} daddr", f"{head} saddr . udp sport . {head} daddr"
+            place = f"{source} . {_SPI}"
             onward = f"{head} daddr set {source} map"
             lines += [
                 f"{pre} udp dport {self._plain} @th,208,8 {{ {_LATER} }} {onward} @ike{version} {_DONE}",
                 f"{pre} udp dport {self._marked} @th,64,32 0 @th,240,8 {{ {_LATER} }} "
                 f"{onward} @ike{version} {_DONE}",
-                f"{pre} udp dport {self._marked} @th,64,32 != 0 {onward} @esp{version} {_DONE}",
+                # where a set is full the packet goes on all the same
+                f"{pre} udp dport {self._marked} {_SPI} != 0 {onward} @esp{version} counter notrack "
+                f"update @heard{version} {{ {place} }} update @spis{version} {{ {_SPI} }} accept",
+                f"{pre} udp dport {self._marked} {_SPI} @spis{version} "
+                f"update @strange{version} {{ {place} }}",
                 f"{pre} meta l4proto esp {head} daddr set {both} map @plain{version} {_DONE}",
                 f"{pre} meta l4proto esp {head} daddr set {head} saddr . @th,0,32 . {head} daddr "
                 f"map @plainback{version} {_DONE}",

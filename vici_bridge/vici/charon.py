@@ -42,6 +42,8 @@ MOST = 4
 """Connections of one kind. Each request that waits keeps one of charon's threads, of which it has 16."""
 FEW = 8
 """Connections that are asked for one by one."""
+MOVES = "ike-update"
+"""charon's event before an IKE_SA gets other addresses (5.9.8 to 6.0.6)."""
 WAITING = ("list-sas", "rekey", "terminate")
 """Requests for which charon waits for all IKE_SAs that are in use (5.9.8, 6.0.6), or for a peer's answer."""
 
@@ -372,18 +374,25 @@ class Charon:
 
     # -- charon comes and goes
 
-    def watch(self, changed: Callable[[bool], None]) -> None:
-        """Call `changed` whenever charon has come (True) or gone (False), until `close`."""
-        self._watching = asyncio.get_running_loop().create_task(self._watch(changed))
+    def watch(self, changed: Callable[[bool], None], moves: Callable[[Message], None] | None = None) -> None:
+        """Call `changed` whenever charon has come (True) or gone (False), until `close`, and `moves` with
+        its event `ike-update` before each change of an IKE_SA's addresses."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch(changed, moves))
 
-    async def _watch(self, changed: Callable[[bool], None]) -> None:
+    async def _watch(self, changed: Callable[[bool], None], moves: Callable[[Message], None] | None) -> None:
         failures = 0
         while True:
             with contextlib.suppress(CharonError, WireError):
                 connection = await self._came()
                 failures = 0
                 try:
+                    with contextlib.suppress(CharonError):  # one that does not know the event
+                        if moves is not None:
+                            await connection.register(MOVES)
                     changed(True)
+                    with contextlib.suppress(ConnectionResetError, WireError):
+                        while moves is not None:
+                            moves(parse_message((await connection.receive()).body, foreign=True))
                     await connection.ended
                 finally:
                     connection.close()

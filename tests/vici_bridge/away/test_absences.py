@@ -566,3 +566,18 @@ def test_other_spis_of_a_relayed_nodes_esp_are_led_back_to_it() -> None:
     row = gateway.away.relayed(here.spis)
     assert row is not None and row.relay is not None
     assert (row.relay.plain, row.relay.spis) == (True, spis)
+
+
+def test_a_relay_ends_when_its_node_has_come_to_the_other_gateway_itself() -> None:
+    gateway = Gateway()
+    here = relay(gateway)
+    gateway.away.left(here.spis)
+    gateway.away.roamed(gateway.away.listing()[0], Endpoint.of("198.51.100.77", 1234), here.local)
+    gateway.away.came("other", here.spis, here.epoch + 1)  # it was not given the SA
+    gateway.away.came("nsg", here.spis, here.epoch)
+    assert len(places(gateway)) == 2
+    gateway.away.came("nsg", here.spis, here.epoch + 1)
+    assert places(gateway) == []
+    gateway.begin()
+    assert places(gateway) == []
+    assert gateway.away.listing()[0].sent_on, "its packets from inside are still sent on"

@@ -362,6 +362,30 @@ def test_only_who_was_given_an_sa_is_believed() -> None:
     assert world.trace("a") == "protected at b"
 
 
+def test_a_relayed_node_that_comes_itself_is_reported_once_and_is_told_no_more() -> None:
+    world = World()
+    world.connect("a")
+    given = world.sa
+    world.move("b")
+    a, b = world.nodes["a"], world.nodes["b"]
+    at, relayed_at = given.spis, str(given.remote.address)
+    world.deliver()
+    b.origins.came(given, "a", at, relayed=True)
+    b.origins.serves(given, at)
+    assert b.origins.unannounced(1000) == [] and b.origins.unannounced(0) == [at]
+    b.origins.announced(at)
+    b.restart()
+    assert b.origins.unannounced(0) == []
+    b.follow.moves(at, relayed_at)  # another port of the gateway that relays it
+    assert b.origins.relayed_by(given) == "a" and not world.post
+    b.follow.moves(at, "198.51.100.9")
+    b.follow.moves(at, "198.51.100.10")
+    assert world.post == {("b", "a", at): Whereabouts(at, given.epoch + 1, What.CAME)}
+    assert b.origins.relayed_by(given) == ""
+    a.follow.hear("b", Whereabouts(at, given.epoch + 1, What.CAME))
+    assert world.trace("a") == "protected at b"
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_a_walk(seed: int) -> None:
     """Moves of all kinds, notices late or lost for a while, agents that die: no circle, and nothing in the

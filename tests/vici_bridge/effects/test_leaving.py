@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
@@ -13,9 +13,12 @@ import pytest
 
 from ikectx.engine.ports import MoveReport, RelayTo
 from ikectx.errors import BusyError, CharonError, KernelError, LinkError, RefusedError, UnknownSaError
+from ikectx.numbers import Notify
 from ikectx.sa.context import Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
+from ikectx.wire.payloads import AnyPayload, NotifyPayload
+from mobike_ext.notify import Invitation
 from tests.across.test_go_on import outbound, run, sends, served
 from tests.gateway_world import Place
 from tests.killing import Assassin, Killed, names, places
@@ -675,13 +678,13 @@ def test_b6_what_cannot_be_ended_keeps_no_agent_from_starting(monkeypatch: pytes
 
 @dataclass
 class Agent:
-    """A mobile node's agent. `heard`: the message IDs and the gateways that it was told."""
+    """A mobile node. `heard`: the message IDs and the payloads that it was told."""
 
     answers: bool = True
-    heard: list[tuple[int, str]] = field(default_factory=list)
+    heard: list[tuple[int, Sequence[AnyPayload]]] = field(default_factory=list)
 
-    async def __call__(self, here: IkeContext, message_id: int, to: str) -> int:
-        self.heard.append((message_id, to))
+    async def __call__(self, here: IkeContext, message_id: int, payloads: Sequence[AnyPayload]) -> int:
+        self.heard.append((message_id, payloads))
         if not self.answers:
             raise LinkError("silent")
         return message_id + 1
@@ -700,11 +703,36 @@ def test_an_invitation_uses_one_message_id(answers: bool) -> None:
             host.agents.note(there.context.remote_id)
             assert source.invites(sa, "invite") is True
             await source.invite(sa, "nsg")
-            assert agent.heard == [(before, "nsg")]
+            assert agent.heard == [(before, [Invitation("nsg").serialize()])]
             assert host.context(sa).mid_initiator == before + answers
             assert there.here.mute.muted == set()
             assert there.here.host.leaving.all() == []
             assert sends(there.here, there.context)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_relayed_node_is_told_this_gateway_s_addresses_if_it_speaks_mobike(speaks: bool) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            host, sa, mn = there.here.host, there.context.spis, Agent()
+            before = host.context(sa).mid_initiator
+            source = CharonSource(host, there._mover, there._ender, mn)
+            if speaks:
+                await source.invite(sa, "")
+                ((used, payloads),) = mn.heard
+                told = [one for one in payloads if isinstance(one, NotifyPayload)]
+                assert [one.data for one in told] == [one.packed for one in host.config.addresses]
+                assert {one.notify for one in told} == {Notify.ADDITIONAL_IP4_ADDRESS}
+                assert (used, host.context(sa).mid_initiator) == (before, before + 1)
+            else:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(source_module, "forgetful", lambda context: True)
+                    with pytest.raises(RefusedError, match="MOBIKE"):
+                        await source.invite(sa, "")
+                assert mn.heard == []
+            assert there.here.mute.muted == set() and sends(there.here, there.context)
 
     run(scenario())
 

@@ -11,7 +11,7 @@ import pytest
 
 from ikectx.sa.context import Endpoint
 from tests.netns import ROW, Namespace, row
-from vici_bridge.kernel.nat_relay import NatRelay
+from vici_bridge.kernel.nat_relay import NatRelay, Stranger
 from vici_bridge.kernel.nat_rule import NatRule
 
 MN, PSG, _, NSG = ({version: ROW[version][place] for version in ROW} for place in range(4))
@@ -93,6 +93,14 @@ def test_in_udp(line: tuple[Namespace, Namespace, Namespace], version: int) -> N
     with psg.entered():
         relay.set([rule])
     assert passed(near, far, here, ESP) == (PSG[version], PORT)
+    # it sent ESP before the relay knew its place: now its NAT gives it another one, or somebody repeats ESP
+    assert passed(stranger, charon, here, ESP)[1] == 1235
+    assert passed(stranger, charon, here, bytes.fromhex("c7654321") + bytes(20))[1] == 1235
+    with psg.entered():
+        assert relay.strangers() == [
+            Stranger(Endpoint.of(MN[version], 1235), rule.ours, ESP[:4], ((rule.mn, rule.to),))
+        ]
+        assert relay.strangers() == []
     with psg.entered():
         relay.change([rule], [])
         relay.change([rule], [])

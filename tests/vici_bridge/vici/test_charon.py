@@ -254,6 +254,23 @@ def test_who_does_not_wait_any_longer_leaves_the_answer_to_nobody(tmp_path: Path
     asyncio.run(scenario())
 
 
+def test_charon_tells_of_new_addresses_and_of_nothing_else(telling: tuple[Telling, StandIn]) -> None:
+    async def scenario() -> None:
+        answers, stand_in = telling
+        charon, states, moves = Charon(stand_in.path), list[bool](), list[Any]()
+        charon.watch(states.append, moves.append)
+        await soon(lambda: states == [True])
+        assert (PacketType.EVENT_REGISTER, "ike-update") in answers.heard
+        event = {"remote-host": "192.0.2.9", "mn": {"uniqueid": "1"}}
+        stand_in.conns[-1].sendall(_events("ike-update", [event, event]))
+        await soon(lambda: moves == [event, event])
+        stand_in.conns[-1].sendall(b"\0\0\0\1\x63")  # not VICI: charon counts as gone, and is asked again
+        await soon(lambda: states == [True, False, True])
+        await charon.close()
+
+    asyncio.run(scenario())
+
+
 def test_charon_comes_and_goes(telling: tuple[Telling, StandIn]) -> None:
     async def scenario() -> None:
         _, stand_in = telling
