@@ -64,6 +64,7 @@ from . import __version__, service
 from .config import ByPacketConfig, Config
 from .detours import find, names, need_ways
 from .in_doubt import InDoubt, operator
+from .leases import warned
 from .move_log import log_event
 from .render import context_json
 from .requests import ADDRESSES, GATEWAY, plain_address
@@ -395,7 +396,7 @@ class Agent:
             raise UsageError(f"address is {', '.join(ADDRESSES)}, not {address!r}")
         views = await self._host.views()
         names = chosen(views, request, self._plain_peers)
-        no_detour = request.get("no-detour") == "yes"
+        no_detour, dry_run = (request.get(key) == "yes" for key in ("no-detour", "dry-run"))
         if not no_detour and any(peer.name == to for peer in self._peers):
             need_ways(views, names, to, self._host.away.way, self._config.connections)
         queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
@@ -405,7 +406,7 @@ class Agent:
                     names,
                     to,
                     address=ADDRESSES[address],
-                    dry_run=request.get("dry-run") == "yes",
+                    dry_run=dry_run,
                     parallel=self._config.transfer.concurrency,
                     progress=queue.put_nowait if self._control.heard("transfer-progress") else None,
                     asked_by=operator(),
@@ -413,7 +414,11 @@ class Agent:
             )
             async for event in service.until_done(work, queue):
                 yield _event_json(event)
-            yield _reports(await work)
+            reports = await work
+            if dry_run:
+                leases = {view.spis: view.remote_vips for view in views}
+                reports = warned(reports, leases, await self._host.vici.pools())
+            yield _reports(reports)
 
     async def pull(self, request: Message) -> AsyncIterator[Message]:
         from_ = request.get("from", "")

@@ -3,9 +3,6 @@
 Its inner address is still routed to the gateway that it has left. That gateway sends its packets on to the
 other one's inner address (`forward_via`), which the kernel can do only for an address on a network that both
 are on. Without that address the network inside has to follow by itself.
-
-charon frees the virtual IP of an SA that has left, as it does when a mobile node disconnects, and assigns it
-to another one as soon as its pool has no other address left (5.9.8).
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..config import PeerSection
+from ..leases import ADVICE, used
 from .findings import Outcome
 from .world import World
 
@@ -78,16 +76,15 @@ def _ways(world: World, peer: PeerSection, outer: set[str]) -> Iterator[Outcome]
 def pools(world: World) -> Iterator[Outcome]:
     """Pools in which charon will soon assign addresses again that mobile nodes have taken along."""
     for name, pool in world.charon("pools").items():
-        size, given = int(pool.get("size", 0)), int(pool.get("online", 0)) + int(pool.get("offline", 0))
+        given, size = used(pool)
         found = f"pool {name} (from {pool.get('base', '?')}): {given} of {size} addresses were given out"
-        fix = (
-            "charon gives an address again when it has no other left, also that of a mobile node that moved: "
-            "make the pool so large that it never fills, or have one place assign addresses for all gateways "
-            "(RADIUS, or the plugin attr-sql with one database); and no two gateways may have the same range"
-        )
         if given >= size:
-            yield "warn", f"{found}: the next mobile node may get one that another still uses elsewhere", fix
+            yield (
+                "warn",
+                f"{found}: the next mobile node may get one that another still uses elsewhere",
+                ADVICE,
+            )
         elif given * 4 >= size * 3:
-            yield "note", found, fix
+            yield "note", found, ADVICE
         else:
             yield "ok", found

@@ -67,4 +67,4 @@ def test_a_pool_that_fills(tmp_path: Path, online: int, offline: int, level: str
     world.answers["pools"] = {"rw": pool}
     (finding,) = (finding for finding in examine(world, CHECKS) if finding.check == "pools")
     assert finding.level == level and f"{online + offline} of 254 addresses" in finding.found
-    assert ("never fills" in finding.fix) == (level != "ok")
+    assert ("that ever connect" in finding.fix) == (level != "ok")
