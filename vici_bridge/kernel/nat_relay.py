@@ -23,7 +23,7 @@ RFC 7296, 3.1 (exchange types); RFC 3948, 2.1 and 2.2 (in UDP); RFC 4303, 2.1.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -41,6 +41,8 @@ _LATER = "36, 37, 44"
 """CREATE_CHILD_SA, INFORMATIONAL, IKE_FOLLOWUP_KE: exchanges of an IKE_SA that is there."""
 _SPI = "@th,64,32"
 """That of ESP in UDP."""
+_SIZES = {4: 4, 6: 16}
+"""Octets of an address by IP version."""
 _NOTED, _STRANGERS = 65536, 256
 """SPIs and strangers that are noted, at most."""
 
@@ -91,7 +93,7 @@ class NatRelay:
                 for element in self._table.elements(name, key)
                 if element.key == key
             }
-            self._table.change(*difference(there, after))
+            self._change(there, after)
 
     def set(self, rules: Iterable[NatRule]) -> None:
         """Have exactly these relays, whatever an agent before this one left; those that stay never stop."""
@@ -105,13 +107,39 @@ class NatRelay:
             there = {
                 (name, element.key): element.data for name in maps() for element in self._table.elements(name)
             }
-            self._table.change(*difference(there, after))
+            self._change(there, after)
+
+    def _change(
+        self, there: Mapping[tuple[str, bytes], bytes], after: Mapping[tuple[str, bytes], bytes]
+    ) -> None:
+        """Change the maps, then forget what was heard from places that are passed on no more."""
+        gone, come = difference(there, after)
+        self._table.change(gone, come)
+        for version, size in _SIZES.items():
+            # the place, and the gateway that its ESP was passed on to
+            ended = {
+                key[: size + 4] + there[name, key]
+                for name, key in gone
+                if name == f"esp{version}" and (name, key) not in after
+            }
+            if not ended:
+                continue
+            heard = [element.key for element in self._table.elements(f"heard{version}")]
+            over = [key for key in heard if key[:-4] in ended]
+            spis = {key[-4:] for key in over} - {key[-4:] for key in heard if key not in over}
+            if over:
+                self._table.remove([f"heard{version}"], over)
+            if spis:
+                self._table.remove([f"spis{version}"], sorted(spis))
+            strange = [element.key for element in self._table.elements(f"strange{version}")]
+            if strange:
+                self._table.remove([f"strange{version}"], strange)
 
     def strangers(self) -> list[Stranger]:
         """Those that came since this was asked last; some, if there were many."""
         found = []
         with self._lock:
-            for version, size in ((4, 4), (6, 16)):
+            for version, size in _SIZES.items():
                 name = f"strange{version}"
                 keys = [element.key for element in self._table.elements(name)]
                 if not keys:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 from collections.abc import Iterator
 from ipaddress import ip_address
 
@@ -101,9 +102,14 @@ def test_in_udp(line: tuple[Namespace, Namespace, Namespace], version: int) -> N
             Stranger(Endpoint.of(MN[version], 1235), rule.ours, ESP[:4], ((rule.mn, rule.to),))
         ]
         assert relay.strangers() == []
+    assert passed(stranger, charon, here, ESP)[1] == 1235
     with psg.entered():
         relay.change([rule], [])
         relay.change([rule], [])
+        listed = subprocess.run(
+            ["nft", "list", "table", "inet", "ikectx_nat"], capture_output=True, text=True, check=True
+        )
+    assert "elements" not in listed.stdout
     charon.settimeout(0.01)
     with contextlib.suppress(TimeoutError):
         while True:
