@@ -45,6 +45,7 @@ from vici_bridge.ha.messages import HaMessage
 from vici_bridge.ha.record import Record
 from vici_bridge.kernel import addresses, detour, kernel_events, nftables, routes, xfrm
 from vici_bridge.kernel import xfrm_wire as wire
+from vici_bridge.kernel.nat_relay import places_of
 from vici_bridge.kernel.netlink import Netlink, NetlinkOutcome
 from vici_bridge.kernel.netlink_parts import HEADER, attribute, messages
 from vici_bridge.kernel.spd_index import SpdIndex
@@ -378,6 +379,9 @@ TARGETS = {
     "XFRM counters": Target(counters_of, COUNTERS),
     "XFRM policy": Target(policy_of, POLICIES),
     "nftables set": Target(lambda octets: table(octets).elements("s"), (SETS,), (KernelError,)),
+    "nftables place": Target(
+        places_of, (bytes(range(16)), bytes(range(40)), bytes(range(1, 17))), (KernelError,)
+    ),
     "nftables chain": Target(lambda octets: table(octets).rules("c"), (CHAIN,), (KernelError,)),
     "XFRM policy events": Target(policy_events_of, EVENTS, ()),
     "netlink datagram": Target(netlink_datagram, SORTED, (KernelError,)),

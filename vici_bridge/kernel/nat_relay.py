@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
+from ikectx.errors import KernelError
 from ikectx.sa.context import Address, Endpoint
 
 from .nat_rule import HEADS, NatRule, difference, elements, maps
@@ -139,7 +140,7 @@ class NatRelay:
         """Those that came since this was asked last; some, if there were many."""
         found = []
         with self._lock:
-            for version, size in _SIZES.items():
+            for version in _SIZES:
                 name = f"strange{version}"
                 keys = [element.key for element in self._table.elements(name)]
                 if not keys:
@@ -147,17 +148,10 @@ class NatRelay:
                 self._table.remove([name], keys)
                 heard = [element.key for element in self._table.elements(f"heard{version}")]
                 for key in keys:
-                    (mn, ours), spi = self._places(key, size), key[-4:]
-                    known = [self._places(one, size) for one in heard if one[-4:] == spi]
-                    places = tuple((place, to.address) for place, to in known)
-                    found.append(Stranger(mn, replace(ours, port=self._marked), spi, places))
+                    (mn, ours), spi = places_of(key), key[-4:]
+                    known = tuple(places_of(one) for one in heard if one[-4:] == spi)
+                    found.append(Stranger(mn, Endpoint(ours, self._marked), spi, known))
         return found
-
-    @staticmethod
-    def _places(key: bytes, size: int) -> tuple[Endpoint, Endpoint]:
-        """Of saddr . sport . daddr . SPI: the source, and the destination without a port."""
-        source, port, destination = key[:size], key[size : size + 2], key[size + 4 : 2 * size + 4]
-        return Endpoint(ip_address(source), int.from_bytes(port)), Endpoint(ip_address(destination), 0)
 
     def _stands(self) -> bool:
         return self._table.rules(_PRE, _POST) == [_PRE_RULES, _POST_RULES]
@@ -219,6 +213,19 @@ class NatRelay:
                     f"{head} saddr set {source} map @from{version} {then}accept",
                 ]
         run_nft("\n".join(lines) + "\n")
+
+
+def places_of(key: bytes) -> tuple[Endpoint, Address]:
+    """The source and the destination in saddr . sport . daddr . SPI, as a set has them. Errors:
+    KernelError."""
+    size = (len(key) - 8) // 2
+    if size not in _SIZES.values() or len(key) % 2:
+        raise KernelError(
+            f"nftables' table inet {TABLE} holds something that is not ours",
+            hint=f"look at `nft list table inet {TABLE}`",
+        )
+    source, port, destination = key[:size], key[size : size + 2], key[size + 4 : 2 * size + 4]
+    return Endpoint(ip_address(source), int.from_bytes(port)), ip_address(destination)
 
 
 def forwards_packets(version: int) -> bool:
