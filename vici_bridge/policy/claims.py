@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from ikectx.numbers import Fpt, IdType, Status
+from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import (
     Address,
     ChildContext,
-    Identity,
     IkeContext,
     IkeGeneration,
     TrafficSelector,
@@ -82,15 +81,6 @@ def check_identities(context: IkeContext, allowed: AllowedConnection, rules: Rul
     A round's identity is the one of its IDi (RFC 4739, 3), and charon keeps the last for the SA, as with EAP
     identities. If a round of EAP asks for none, the method may have brought one (eap-mschapv2 does).
     """
-    for what, identity in (
-        ("the mobile node's identity", context.remote_id),
-        ("its EAP identity", context.remote_eap_id),
-        ("the gateway's identity", context.local_id),
-    ):
-        if identity is not None and _has_nul(identity):
-            yield Verdict(
-                Fpt.PAD, Status.IDENTITY, f"{what} {identity} has a NUL octet, which no program can be given"
-            )
     wanted = allowed.remote[-1].id if allowed.remote else ""
     if not allows(wanted, context.remote_id):
         yield Verdict(
@@ -120,10 +110,6 @@ def check_identities(context: IkeContext, allowed: AllowedConnection, rules: Rul
             f"the gateway's identity in the SA is {context.local_id}, here connection {allowed.name} has "
             f"{ours[0]}: name it in local_ids of [connections.{allowed.name}]",
         )
-
-
-def _has_nul(identity: Identity) -> bool:
-    return identity.type in (IdType.FQDN, IdType.RFC822_ADDR, IdType.KEY_ID) and b"\0" in identity.data
 
 
 # Where.
