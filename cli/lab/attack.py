@@ -27,14 +27,13 @@ from vici_bridge.vici.client import ControlClient, json_of
 
 from . import attacker as lab_attacker
 from . import guest as lab_guest
-from .boot import CLOCK, GUEST, code, tidy
+from .boot import code
 from .config import Tunnel
 from .damage import HOSTS, KINDS, Sample, report
 from .hosts import Lab
-from .machine import here
 from .machine import host as this_machine
 from .net import OUTER, PREFIX
-from .usage import clock_stands_still, cpu, resident_kib
+from .usage import circumstances, cpu, resident_kib
 
 ROUNDS = 3
 """Transfers, and handovers, before the attack and again after it; beside it at least as many."""
@@ -111,15 +110,8 @@ class Siege:
             time.sleep(GIVEN_BACK)
             samples = watch.samples
         self._rounds("none")
-        rest = {
-            "esp": "libipsec" if lab.tunnel.libipsec else "kernel",
-            "strongswan": lab.strongswan(),
-            "guest": os.environ.get(GUEST, "host"),
-            "clock": os.environ.get(CLOCK, "real"),
-            "machine": here(clock_stands_still=clock_stands_still()),
-        }
         asked = {"rate": rate, "seconds": seconds}
-        return report(kind, asked, sent, self.moves, samples, watch.answers_ms, rest)
+        return report(kind, asked, sent, self.moves, samples, watch.answers_ms, circumstances(lab))
 
     def _spis(self) -> tuple[str, str]:
         (sa,) = self._lab.list_sas("mn")
@@ -307,23 +299,13 @@ def size(folder: Path) -> int:
     return found
 
 
-def main() -> int:
-    result, kind, rate, seconds, esp = sys.argv[1:]
-    with tidy():
-        try:
-            found = siege(
-                kind,
-                float(rate),
-                float(seconds),
-                libipsec=esp == "libipsec",
-                say=lambda line: print(line, flush=True),
-            )
-        except (IkectxError, KeyboardInterrupt) as problem:
-            print(f"{problem or 'told to end'}", file=sys.stderr, flush=True)
-            return 1
-    Path(result).write_text(json.dumps(found))
-    return 0
+def main(kind: str, rate: str, seconds: str, esp: str) -> dict[str, Any]:
+    """`siege`, from the words of a command line."""
+    libipsec = esp == "libipsec"
+    return siege(
+        kind, float(rate), float(seconds), libipsec=libipsec, say=lambda line: print(line, flush=True)
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(lab_guest.program(main))

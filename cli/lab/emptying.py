@@ -7,25 +7,21 @@ is one drain on this machine, which a guest runs for `ikectx lab bench --drain`;
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from ikectx.errors import CharonError, IkectxError
+from ikectx.errors import CharonError
 
 from . import guest as lab_guest
-from .boot import CLOCK, GUEST, tidy
 from .config import Tunnel
 from .fleet import Fleet
 from .hosts import Lab
-from .machine import here, host
+from .machine import host
 from .net import CHARONS, GATEWAYS, INNER
 from .traffic import Probe
-from .usage import clock_stands_still, cpu, memory_kib, spent_ms
+from .usage import circumstances, clock_stands_still, cpu, memory_kib, spent_ms
 
 DELAY_MS = 20.0
 AFTER = 2.0
@@ -107,11 +103,7 @@ def _drained(lab: Lab, fleet: Fleet, idle: dict[str, int], say: Say) -> dict[str
             "gap_ms": traffic.gap_ms,
             "interval_ms": traffic.interval_ms,
             "recovered": traffic.recovered,
-            "esp": "libipsec" if lab.tunnel.libipsec else "kernel",
-            "strongswan": lab.strongswan(),
-            "guest": os.environ.get(GUEST, "host"),
-            "clock": os.environ.get(CLOCK, "real"),
-            "machine": here(clock_stands_still=still),
+            **circumstances(lab),
         },
     )
 
@@ -138,10 +130,4 @@ def summary(
 
 
 if __name__ == "__main__":
-    with tidy():
-        try:
-            found = drain(int(sys.argv[2]), libipsec=sys.argv[3] == "libipsec", say=print)
-        except (IkectxError, KeyboardInterrupt) as problem:
-            print(f"{problem or 'told to end'}", file=sys.stderr, flush=True)
-            sys.exit(1)
-    Path(sys.argv[1]).write_text(json.dumps(found))
+    sys.exit(lab_guest.program(lambda size, esp: drain(int(size), libipsec=esp == "libipsec", say=print)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ikectx.errors import KernelError, UsageError
+from ikectx.errors import IkectxError, KernelError, UsageError
 
 from . import qemu as lab_qemu
 from . import uml as lab_uml
@@ -31,6 +31,7 @@ from .boot import (
     own_folder,
     run,
     sweep,
+    tidy,
 )
 from .net import has_kernel_esp, load_modules
 
@@ -166,6 +167,19 @@ def result(
         if status or not file.exists():
             raise KernelError(f"{module.rpartition('.')[2]} ended with status {status}: {last}")
         return json.loads(file.read_text())
+
+
+def program(measure: Callable[..., Any]) -> int:
+    """The program that `result` runs: `measure(*WORDS)`, whose value goes to RESULT. Gives the exit code."""
+    file, *words = sys.argv[1:]
+    with tidy():
+        try:
+            found = measure(*words)
+        except (IkectxError, KeyboardInterrupt) as problem:
+            print(f"{problem or 'told to end'}", file=sys.stderr, flush=True)
+            return 1
+    Path(file).write_text(json.dumps(found))
+    return 0
 
 
 def python(root: Path) -> str:

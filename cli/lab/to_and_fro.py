@@ -7,24 +7,20 @@ is one measurement on this machine, which a guest runs for `ikectx lab bench --m
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ikectx.errors import CharonError, IkectxError
+from ikectx.errors import CharonError
 
 from . import guest as lab_guest
-from .boot import CLOCK, GUEST, tidy
 from .config import Tunnel
 from .emptying import Say
 from .hosts import Lab
-from .machine import here, host
+from .machine import host
 from .net import GATEWAYS
-from .usage import clock_stands_still, cpu, spent_ms
+from .usage import circumstances, clock_stands_still, cpu, spent_ms
 
 WARM = 4
 """Moves before the first that counts: Python compiles, charon loads."""
@@ -66,11 +62,7 @@ def to_and_fro(moves: int, *, libipsec: bool, say: Say) -> dict[str, Any]:
             "moves": moves,
             "cpu_ms": _each(spent_ms(agents, cpu(lab), clock_stands_still=still), moves),
             "charon_ms": _each(spent_ms(charons, cpu(lab, "charon"), clock_stands_still=still), moves),
-            "esp": "libipsec" if libipsec else "kernel",
-            "strongswan": lab.strongswan(),
-            "guest": os.environ.get(GUEST, "host"),
-            "clock": os.environ.get(CLOCK, "real"),
-            "machine": here(clock_stands_still=still),
+            **circumstances(lab),
         }
     finally:
         lab.down()
@@ -91,10 +83,6 @@ def _move(lab: Lab, source: str, to: str) -> None:
 
 
 if __name__ == "__main__":
-    with tidy():
-        try:
-            found = to_and_fro(int(sys.argv[2]), libipsec=sys.argv[3] == "libipsec", say=print)
-        except (IkectxError, KeyboardInterrupt) as problem:
-            print(f"{problem or 'told to end'}", file=sys.stderr, flush=True)
-            sys.exit(1)
-    Path(sys.argv[1]).write_text(json.dumps(found))
+    sys.exit(
+        lab_guest.program(lambda moves, esp: to_and_fro(int(moves), libipsec=esp == "libipsec", say=print))
+    )

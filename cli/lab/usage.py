@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from .boot import CLOCK, GUEST
 from .hosts import Lab
+from .machine import here
 from .net import CHARONS
 from .waiting import process_clock
 
@@ -21,6 +25,17 @@ def clock_stands_still(cmdline: Path = Path("/proc/cmdline")) -> bool:
         return "time-travel" in cmdline.read_text()
     except OSError:
         return False
+
+
+def circumstances(lab: Lab) -> dict[str, Any]:
+    """Where and how figures were measured: `esp`, `strongswan`, `guest`, `clock`, `machine`."""
+    return {
+        "esp": "libipsec" if lab.tunnel.libipsec else "kernel",
+        "strongswan": lab.strongswan(),
+        "guest": os.environ.get(GUEST, "host"),
+        "clock": os.environ.get(CLOCK, "real"),
+        "machine": here(clock_stands_still=clock_stands_still()),
+    }
 
 
 def cpu(lab: Lab, daemon: str = "agent") -> Used:
