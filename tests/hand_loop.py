@@ -106,3 +106,13 @@ def run(scenario: Awaitable[None], seconds: float = 60) -> None:
 
     with asyncio.Runner(loop_factory=HandLoop) as runner:
         runner.run(bounded())
+
+
+def run_bounded(scenario: Awaitable[None], seconds: float = 30) -> None:
+    """By a loop with the real clock, for what has sockets."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(seconds):
+            await scenario
+
+    asyncio.run(bounded())

@@ -17,18 +17,11 @@ import pytest
 from ikectx.errors import ConfigError, UsageError
 from ikectx_cli import helper
 from ikectx_cli.config import parse
+from tests.hand_loop import run_bounded as run
 from tests.peers import a_context
 from vici_bridge import updown_helper
 from vici_bridge.updown import NotStarted, Script, run_updown
 from vici_bridge.updown_helper import ask, serve
-
-
-def run(scenario: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(30):
-            await scenario
-
-    asyncio.run(bounded())
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from ikectx.peer import PeerConfig
 from ikectx.timing import Timing
 from tests import hand_loop
 from tests.certs import Authority
+from tests.hand_loop import run_bounded as run
 
 TIMING = Timing(connect=10.0, keepalive=10.0)
 HERE = [PeerConfig("here", "127.0.0.1")]
@@ -30,14 +31,6 @@ HERE = [PeerConfig("here", "127.0.0.1")]
 @pytest.fixture
 def ca(tmp_path: Path) -> Authority:
     return Authority(tmp_path)
-
-
-def run(scenario: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(30):
-            await scenario
-
-    asyncio.run(bounded())
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -29,6 +29,7 @@ from ikectx.sa.context import Address
 from ikectx.timing import Timing
 from tests.certs import Authority
 from tests.hand_loop import StandingLoop, comes, run_standing
+from tests.hand_loop import run_bounded as run
 from tests.worlds import until
 
 TIMING = Timing(connect=5.0, keepalive=1.0)
@@ -39,14 +40,6 @@ ONE, OTHER = ip_address("192.0.2.1"), ip_address("2001:db8::1")
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("pki"))
-
-
-def run(scenario: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(30):
-            await scenario
-
-    asyncio.run(bounded())
 
 
 def everybody(address: Address) -> bool:

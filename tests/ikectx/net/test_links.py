@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
@@ -28,6 +28,7 @@ from ikectx.timing import Timing
 from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Message, Pctd
 from tests import hand_loop
 from tests.certs import Authority
+from tests.hand_loop import run_bounded as run
 from tests.peers import Ether, MemoryGateway, MemoryStream, Network, Wire, a_context
 from tests.worlds import KEY
 
@@ -40,14 +41,6 @@ PATIENT = replace(TIMING, connect=10.0, offer=10.0, idle=1.0)
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("pki"))
-
-
-def run(scenario: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(10):
-            await scenario
-
-    asyncio.run(bounded())
 
 
 # -- TLS -------------------------------------------------------------------------------------------------

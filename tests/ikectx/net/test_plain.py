@@ -6,7 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,18 +26,11 @@ from ikectx.net.plain import Hold, plain_dial, plain_listen
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import Endpoint
 from ikectx.timing import Timing
+from tests.hand_loop import run_bounded as run
 from tests.peers import Ether, MemoryGateway, a_context
 
 TIMING = Timing(connect=0.5, offer=1.0, idle=0.05, keepalive=0.1, stop=0.3, backoff=0.01)
 GONE = LinkError("no IPsec policy protects it", hint="write one")
-
-
-def run(scenario: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(10):
-            await scenario
-
-    asyncio.run(bounded())
 
 
 @dataclass(eq=False)

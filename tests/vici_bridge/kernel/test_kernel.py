@@ -40,19 +40,6 @@ SPIS = SaName(bytes.fromhex("f102030405060708"), bytes.fromhex("1112131415161718
 OTHER = SaName(SPIS[0], bytes.fromhex("1112131415161719"))
 
 
-@pytest.fixture
-def space() -> Iterator[Namespace]:
-    """A namespace of its own, entered for the whole test."""
-    with namespaces(1) as (made,), made.entered():
-        yield made
-
-
-@pytest.fixture
-def kernel(space: Namespace) -> Iterator[Kernel]:
-    with Kernel() as made:
-        yield made
-
-
 # The netlink socket.
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ import pytest
 from ikectx.disk.store import SqliteStore
 from ikectx.errors import KernelError, UnknownSaError, UsageError
 from ikectx.sa.name import SaName
-from tests.netns import Namespace, namespaces
+from tests.netns import Namespace
 from tests.peers import a_context
 from tests.vici_bridge.test_host import KEY, Vici, hear, host_of, nobody
 from vici_bridge.effects.source import CharonSource
@@ -28,12 +27,6 @@ SPIS = SaName(bytes.fromhex("f102030405060708"), bytes.fromhex("1112131415161718
 OTHER = SaName(SPIS[0], bytes.fromhex("1112131415161719"))
 AUTH, CREATE, INFORMATIONAL = 35, 36, 37
 ANSWER = 0x20
-
-
-@pytest.fixture
-def space() -> Iterator[Namespace]:
-    with namespaces(1) as (made,), made.entered():
-        yield made
 
 
 def ike(

@@ -6,7 +6,6 @@ import asyncio
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from ikectx.errors import KernelError, WireError
-from tests.netns import Namespace, namespaces
+from tests.netns import namespaces
 from vici_bridge.kernel import netlink, netlink_parts, spd_index
 from vici_bridge.kernel import xfrm_wire as wire
 from vici_bridge.kernel.kernel import Kernel
@@ -30,18 +29,6 @@ def a_policy(number: int, direction: str = "out", *, reqid: int = 0) -> KernelPo
     return KernelPolicy(
         direction, Selector.between(*networks), templates=(Template(*ENDS, reqid=reqid or 0x10000 + number),)
     )
-
-
-@pytest.fixture
-def space() -> Iterator[Namespace]:
-    with namespaces(1) as (made,), made.entered():
-        yield made
-
-
-@pytest.fixture
-def kernel(space: Namespace) -> Iterator[Kernel]:
-    with Kernel() as made:
-        yield made
 
 
 @pytest.fixture

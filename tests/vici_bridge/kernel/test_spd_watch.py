@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -15,6 +15,7 @@ import pytest
 from ikectx.errors import LinkError
 from ikectx.net.five_tuple import Flow
 from ikectx.sa.context import Endpoint
+from tests.hand_loop import run_bounded as run
 from tests.netns import Namespace, namespaces
 from vici_bridge.kernel.kernel import Kernel
 from vici_bridge.kernel.spd_lookup import Protection
@@ -51,23 +52,9 @@ def space() -> Iterator[Namespace]:
 
 
 @pytest.fixture
-def kernel(space: Namespace) -> Iterator[Kernel]:
-    with Kernel() as made:
-        yield made
-
-
-@pytest.fixture
 def guard(space: Namespace) -> Iterator[SpdGuard]:
     with SpdGuard() as made:
         yield made
-
-
-def run(scenario: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(10):
-            await scenario
-
-    asyncio.run(bounded())
 
 
 @pytest.mark.parametrize("version", [4, 6])
