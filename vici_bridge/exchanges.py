@@ -86,13 +86,16 @@ class MnMover:
         return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
 
 
-class MnEnder:
-    """Deletes at the mobile node an SA that was ended here while charon was muted. Arguments as for
-    `MnMover`."""
+class _Sender:
+    """How often the mobile node is asked, and how long it is waited for. Arguments as for `MnMover`."""
 
     def __init__(self, tries: int, timeout: float, mark: int = 0) -> None:
         self._policy = RetransmitPolicy(timeout, tries=tries)
         self._mark = mark
+
+
+class MnEnder(_Sender):
+    """Deletes at the mobile node an SA that was ended here while charon was muted."""
 
     async def __call__(self, here: IkeContext, message_ids: Sequence[int]) -> bool:
         """Errors: LinkError (no socket)."""
@@ -102,47 +105,13 @@ class MnEnder:
         return await run_farewell(machine, mark=self._mark)
 
 
-class MnSettler:
-    """Asks the mobile node for the message ID of our next request. Arguments as for `MnMover`."""
-
-    def __init__(self, tries: int, timeout: float, mark: int = 0) -> None:
-        self._policy = RetransmitPolicy(timeout, tries=tries)
-        self._mark = mark
-
-    async def __call__(self, here: IkeContext, final: FinalState) -> int:
-        """Errors: LinkError (silent)."""
+class _Prober(_Sender):
+    async def _probe(
+        self, here: IkeContext, message_id: int, label: bytes, payloads: Sequence[AnyPayload] = ()
+    ) -> int:
+        """The message ID of our next request. The same octets for the same payloads, also after a crash,
+        because the IVs depend on them, too (`keys.DrawnIvs`)."""
         now = here.current
-        seed = b"ikectx next request"
-        for end in (here.local, here.remote):
-            seed += end.address.packed + end.port.to_bytes(2)
-        sk_d, size = sk_keys(now).sk_d.reveal(), iv_length(now.encr)
-        first, second = (
-            DrawnIvs.of(prf_plus(now.prf, sk_d, seed + (final.mid_initiator + used).to_bytes(4), size))
-            for used in (0, 1)
-        )
-        machine = MidProbe(
-            now, final.mid_initiator, here.local, here.remote, ivs=(first, second), policy=self._policy
-        )
-        found = await run_mid_probe(machine, mark=self._mark)
-        log.info("%s expects request %d next, as its answer shows", here.remote_id, found)
-        return found
-
-
-class MnTeller:
-    """Tells the mobile node something over the SA. Arguments as for `MnMover`."""
-
-    def __init__(self, tries: int, timeout: float, mark: int = 0) -> None:
-        self._policy = RetransmitPolicy(timeout, tries=tries)
-        self._mark = mark
-
-    async def __call__(self, here: IkeContext, message_id: int, payloads: Sequence[AnyPayload]) -> int:
-        """The message ID of our next request. The same octets for the same payloads, also after a crash.
-
-        Errors: LinkError (silent).
-        """
-        now = here.current
-        # the IVs depend on the payloads, too (`keys.DrawnIvs`)
-        label = b"ikectx telling " + _path(here)
         sk_d, size = sk_keys(now).sk_d.reveal(), iv_length(now.encr)
         first, second = (
             DrawnIvs.of(prf_plus(now.prf, sk_d, label + (message_id + used).to_bytes(4), size))
@@ -158,6 +127,24 @@ class MnTeller:
             payloads=payloads,
         )
         return await run_mid_probe(machine, mark=self._mark)
+
+
+class MnSettler(_Prober):
+    """Asks the mobile node for the message ID of our next request."""
+
+    async def __call__(self, here: IkeContext, final: FinalState) -> int:
+        """Errors: LinkError (silent)."""
+        found = await self._probe(here, final.mid_initiator, b"ikectx next request" + _ends(here))
+        log.info("%s expects request %d next, as its answer shows", here.remote_id, found)
+        return found
+
+
+class MnTeller(_Prober):
+    """Tells the mobile node something over the SA."""
+
+    async def __call__(self, here: IkeContext, message_id: int, payloads: Sequence[AnyPayload]) -> int:
+        """The message ID of our next request. Errors: LinkError (silent)."""
+        return await self._probe(here, message_id, b"ikectx telling " + _path(here), payloads)
 
 
 def _warn_of_nat(report: UpdateReport | SpiReport) -> None:
@@ -397,10 +384,13 @@ def _end(here: IkeContext, policy: RetransmitPolicy) -> SaEnd:
     return SaEnd(here.current, here.mid_initiator, here.local, here.remote, policy)
 
 
+def _ends(here: IkeContext) -> bytes:
+    return b"".join(end.address.packed + end.port.to_bytes(2) for end in (here.local, here.remote))
+
+
 def _path(here: IkeContext) -> bytes:
     """Both ends and the NATs between them."""
-    ends = b"".join(end.address.packed + end.port.to_bytes(2) for end in (here.local, here.remote))
-    return ends + here.conditions.to_bytes(4)
+    return _ends(here) + here.conditions.to_bytes(4)
 
 
 def _octets(one: UpdateSpi) -> bytes:
