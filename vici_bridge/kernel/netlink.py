@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ikectx import trace
 from ikectx.errors import KernelError
 
-from .netlink_parts import attributes
+from .netlink_parts import ACK, DUMP, attributes
 from .xfrm_parts import XfrmRequest
 
 ROUTE = 0
@@ -36,7 +36,7 @@ _F_CAPPED = 0x100
 _F_ACK_TLVS = 0x200
 _BUFFER = 1 << 18
 _SOCKET_BUFFER = 1 << 22
-_TIMEOUT = 5.0
+_TIMEOUT = 5
 _BATCH = 128
 """Messages in one datagram: their answers must fit the receive buffer, or the kernel drops them."""
 
@@ -56,6 +56,8 @@ class NetlinkOutcome:
     answers: list[bytes] = field(default_factory=list)
     torn: bool = False
     """The kernel's list changed while it was read."""
+    single: bool = False
+    """Its one answer ends it, because no acknowledgement was asked for."""
 
 
 def failure(request: XfrmRequest, outcome: NetlinkOutcome) -> KernelError:
@@ -84,7 +86,9 @@ class Netlink:
                 errno=error.errno or 0,
                 hint=_HINTS.get(error.errno or 0, ""),
             ) from None
-        self._socket.settimeout(_TIMEOUT)
+        # The kernel's own limit of time: with Python's each send and each receive costs a poll as well.
+        seconds = struct.pack("@ll", _TIMEOUT, 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         self._socket.bind((0, 0))
         # Short acknowledgements, because the kernel otherwise sends a refused request back, with its keys.
         for option in (_CAP_ACK, _EXT_ACK, _GET_STRICT_CHK):
@@ -133,8 +137,10 @@ class Netlink:
         datagram = bytearray()
         for request in requests:
             self._number = (self._number + 1) & 0xFFFFFFFF or 1
-            datagram += _numbered(request.message.reveal(), self._number)
-            waiting[self._number] = NetlinkOutcome()
+            message = _numbered(request.message.reveal(), self._number)
+            datagram += message
+            (asked,) = struct.unpack_from("=H", message, 6)
+            waiting[self._number] = NetlinkOutcome(single=not asked & ACK and asked & DUMP != DUMP)
         outcomes = list(waiting.values())
         try:
             self._socket.send(datagram)
@@ -145,7 +151,7 @@ class Netlink:
                         f"{self._name}: an answer of the kernel is longer than {_BUFFER} octets"
                     )
                 self._sort(bytes(self._buffer[:size]), waiting)
-        except TimeoutError:
+        except BlockingIOError:
             raise KernelError(
                 f"the kernel did not answer a request to {requests[0].what}", errno=errno.ETIMEDOUT
             ) from None
@@ -183,6 +189,9 @@ class Netlink:
                 del waiting[number]
             elif kind > _OVERRUN:
                 outcome.answers.append(message)
+                if outcome.single:
+                    outcome.errno = 0
+                    del waiting[number]
 
 
 def _numbered(messages: bytes, number: int) -> bytes:

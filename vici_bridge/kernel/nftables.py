@@ -67,7 +67,7 @@ class NftTable:
         """Number of each chain's rules; 0 if there is no such chain."""
         requests = []
         for chain in chains:
-            message = _message(_GETCHAIN, REQUEST | ACK, _text(1, self.name) + _text(3, chain))
+            message = _message(_GETCHAIN, REQUEST, _text(1, self.name) + _text(3, chain))
             requests.append(XfrmRequest(Secret(message), f"look for chain {chain}"))
         with self._ours():
             return [
@@ -78,7 +78,7 @@ class NftTable:
     def elements(self, name: str, key: bytes | None = None) -> list[Element]:
         """The element of that key, or all. Empty if there is no such set."""
         body = _text(1, self.name) + _text(2, name)
-        flags = DUMP if key is None else ACK
+        flags = DUMP if key is None else 0
         if key is not None:
             body += _list_of(key)
         request = XfrmRequest(Secret(_message(_GETSETELEM, REQUEST | flags, body)), f"look into set {name}")
@@ -91,7 +91,7 @@ class NftTable:
         requests = []
         for name in names:
             body = _text(1, self.name) + _text(2, name) + _list_of(key)
-            message = _message(_GETSETELEM, REQUEST | ACK, body)
+            message = _message(_GETSETELEM, REQUEST, body)
             requests.append(XfrmRequest(Secret(message), f"look into set {name}"))
         with self._ours():
             return [

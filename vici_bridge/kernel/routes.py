@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from ikectx.errors import KernelError
 from ikectx.sa.context import Address, Secret
 
-from .netlink_parts import ACK, DUMP, HEADER, REQUEST, attribute, attributes
+from .netlink_parts import ACK, HEADER, REQUEST, attribute, attributes
 from .xfrm_parts import XfrmRequest, family_of
 
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
@@ -48,8 +48,8 @@ class KernelRoute:
     own: Address | None = None
 
     def request(self, number: int, flags: int, what: str) -> XfrmRequest:
-        """The message about it; an acknowledgement is asked for, unless it is a dump."""
-        flags |= REQUEST if flags & DUMP == DUMP else REQUEST | ACK
+        """The message about it; a change is to be acknowledged, a question has its answer."""
+        flags |= REQUEST if number == GETROUTE else REQUEST | ACK
         source = 0 if self.source is None else self.source.max_prefixlen
         places = (self.family, self.length, source, 0, 0, self.maker, self.scope, self.kind, 0)
         body = _RTMSG.pack(*places)

@@ -311,8 +311,7 @@ class KernelSa:
             "min": low,
             "max": high,
         }
-        flags = REQUEST | ACK
-        data = wire.build(wire.userspi_info, wire.ALLOCSPI, flags, values, self._lookup())
+        data = wire.build(wire.userspi_info, wire.ALLOCSPI, REQUEST, values, self._lookup())
         return XfrmRequest(Secret(data), f"reserve an SPI of {low:#x}..{high:#x} to {self.destination}")
 
     def delete(self) -> XfrmRequest:
@@ -323,15 +322,13 @@ class KernelSa:
 
     def get(self) -> XfrmRequest:
         """XFRM_MSG_GETSA for this SA (destination, SPI, protocol and mark count)."""
-        flags = REQUEST | ACK
-        data = wire.build(wire.usersa_id, wire.GETSA, flags, self._id(), self._lookup())
+        data = wire.build(wire.usersa_id, wire.GETSA, REQUEST, self._id(), self._lookup())
         return XfrmRequest(Secret(data), f"look for {self}")
 
     def get_replay(self) -> XfrmRequest:
         """XFRM_MSG_GETAE: replay state and lifetimes."""
         values = {**self._id(), "saddr": packed(self.source), "flags": 2 | 4, "reqid": self.reqid}
-        flags = REQUEST | ACK
-        data = wire.build(wire.aevent_id, wire.GETAE, flags, values, self._lookup())
+        data = wire.build(wire.aevent_id, wire.GETAE, REQUEST, values, self._lookup())
         return XfrmRequest(Secret(data), f"read the counters of {self}")
 
     def set_replay(self, state: KernelReplay) -> XfrmRequest:
