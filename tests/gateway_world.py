@@ -395,9 +395,6 @@ class Mute:
         self.muted.discard(spis)
         self.answering.discard(spis)
 
-    async def unmute_soon(self, spis: SaName) -> None:
-        self.unmute(spis)
-
     def listing(self) -> list[Muted]:
         return [Muted(spis, direction, 0) for spis in self.muted for direction in ("in", "out")]
 

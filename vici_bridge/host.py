@@ -92,8 +92,9 @@ DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA after it was ordered to."""
 END_PATIENCE = 30_000
 """Milliseconds for the mobile node to answer a Delete; charon goes on after that by itself."""
-MOMENT = 0.1
-"""Seconds for which charon's answer will do for a caller that looks again before it depends on it."""
+MOMENT = 1.0
+"""Seconds for which charon's answer will do for a caller that looks again before it depends on it, unless
+charon has told something new of the SA since."""
 LAZY = 0.1
 """Seconds until message IDs are stored, which several messages of charon change one after the other."""
 SAVE_AGAIN = 2.0
@@ -262,7 +263,9 @@ class CharonHost:
                 self.heard.spoke(name)
                 self.doubts.told(name, initiator)
             case _:
-                self.changed |= _concerned(change)
+                concerned = _concerned(change)
+                self.changed |= concerned
+                self.listing.outdate(concerned)
         if isinstance(change, Rekeyed):
             self.rekeyed.append(change.old)
         self.follow.heed(change)
@@ -458,7 +461,8 @@ class CharonHost:
 
     async def recent_view(self, sa: SaName) -> SaView | None:
         """The same, for a caller that will look again before it changes anything: what somebody listed within
-        the last `MOMENT` will do."""
+        the last `MOMENT` will do, because charon tells over HA what becomes of SAs that it serves."""
+        self.hear()
         return self.listing.recent(sa, MOMENT) or await self.view(sa)
 
     async def connections(self, names: Collection[str] | None = None) -> Mapping[str, Message]:

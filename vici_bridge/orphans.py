@@ -41,13 +41,13 @@ class Orphans:
         for sa in await asyncio.to_thread(self._mute.half_muted):
             # nobody calls its mobile node back any more if the store does not have that
             if sa not in listed or not self._explained(sa):
-                await self._mute.unmute_soon(sa)
+                self._mute.unmute(sa)
         found = set()
         for sa in await self._muted():
             if self._importing(sa):
                 continue
             if sa not in listed:
-                await self._mute.unmute_soon(sa)
+                self._mute.unmute(sa)
             elif not self._explained(sa) and sa not in self.known:
                 found.add(sa)
         if found:  # one whose transfer ended meanwhile is not mute any more

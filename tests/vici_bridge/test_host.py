@@ -286,7 +286,7 @@ class Mute:
     def half_muted(self) -> set[SaName]:
         return set()
 
-    async def unmute_soon(self, spis: SaName) -> None: ...
+    def unmute(self, spis: SaName) -> None: ...
 
     def counters(self, spis: SaName) -> tuple[int, int]:
         return 0, self.dropped

@@ -32,7 +32,7 @@ class FakeMute:
     def listing(self) -> list[Muted]:
         return [Muted(sa, direction, 0) for sa in self.muted for direction in ("in", "out")]
 
-    async def unmute_soon(self, sa: SaName) -> None:
+    def unmute(self, sa: SaName) -> None:
         if sa in self.answering:
             self.answering.remove(sa)
         else:

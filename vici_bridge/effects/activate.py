@@ -147,7 +147,7 @@ def _count_on(host: CharonHost, shape: IkeContext, here: IkeContext) -> None:
 async def unmute(work: Coming) -> None:
     """Unmute the SA, whichever of its names charon has it under."""
     for shape in work.renames.names(work.here):
-        await work.host.mute.unmute_soon(shape.spis)
+        work.host.mute.unmute(shape.spis)
         work.host.expected.discard(shape.spis)
 
 

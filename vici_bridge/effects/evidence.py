@@ -61,5 +61,5 @@ async def drop_orphan(host: CharonHost, sa: SaName) -> None:
         if asyncio.get_running_loop().time() > end:
             raise CharonError(f"charon still lists {view.name} #{view.unique_id}", hint="see charon's log")
         await asyncio.sleep(0.01)
-    await host.mute.unmute_soon(sa)
+    host.mute.unmute(sa)
     host.orphans.known.discard(sa)

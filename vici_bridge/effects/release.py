@@ -54,7 +54,7 @@ async def _gone(work: Leaving) -> bool:
 
 
 async def _forget_rules(work: Leaving) -> None:
-    await work.host.mute.unmute_soon(work.sa)
+    work.host.mute.unmute(work.sa)
 
 
 async def _tell(work: Leaving) -> None:

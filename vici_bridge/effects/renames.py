@@ -284,7 +284,7 @@ class Renames:
             await host.put_back(late)
             await self._listed(after, before, present=False)
         if before.spis != after.spis:
-            await host.mute.unmute_soon(before.spis)
+            host.mute.unmute(before.spis)
             host.record.forget(before.spis)
         host.record.learn(after, version)
         host.save()

@@ -99,8 +99,12 @@ class CharonSource(ContextSource):
         return await self._host.view(sa)
 
     async def _recent_view(self, sa: SaName) -> SaView | None:
-        """The view for an export, since a freeze compares the export with charon's present state."""
-        return await (self._view(sa) if sa in self.departing else self._host.recent_view(sa))
+        """The view for an export, since a freeze compares the export with charon's present state. One by
+        which the SA cannot be moved is looked at again."""
+        view = None if sa in self.departing else await self._host.recent_view(sa)
+        if view is None or view.state != "ESTABLISHED" or view.tasks:
+            view = await self._view(sa)
+        return view
 
     def departing_by_reqid(
         self, reqid: int, connections: Collection[str]

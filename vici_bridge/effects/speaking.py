@@ -27,6 +27,6 @@ async def tell_ids(host: CharonHost, ike: IkeId, initiator: int | None, responde
 async def speak(host: CharonHost, sa: SaName) -> None:
     """Unmute the SA, once charon has carried out what it was told until now. Errors: CharonError."""
     await host.carried_out()
-    await host.mute.unmute_soon(sa)
+    host.mute.unmute(sa)
     # an agent that was killed at the freeze may have left it mute before the store knew why
     host.orphans.known.discard(sa)

@@ -139,7 +139,7 @@ async def _call_back(work: Leaving) -> None:
     host, facts = work.host, work.facts
     view = await host.view(work.sa)
     if view is None:  # it has ended, or has other SPIs, since the first call
-        await host.mute.unmute_soon(work.sa)
+        host.mute.unmute(work.sa)
         return
     mid, ids = facts.request or 0, 3 if facts.unsure else 2
     asks = 0
@@ -158,7 +158,7 @@ async def _call_back(work: Leaving) -> None:
     if view.state == "DELETING":  # somebody has ended it here since, and its Delete was dropped
         await _delete_at_mn(work)
         await _drop(work)
-        await host.mute.unmute_soon(work.sa)
+        host.mute.unmute(work.sa)
         return
     answered = False
     try:

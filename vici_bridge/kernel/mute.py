@@ -9,14 +9,12 @@ send again when a process ends.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ikectx.errors import KernelError
 from ikectx.sa.name import SaName
-from ikectx.together import Together
 
 from .nftables import MARKED, PLAIN, NftTable, run_nft
 
@@ -52,7 +50,6 @@ class Mute:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._table = NftTable(TABLE)
-        self._unmuting = Together(self._unmute_all)
         self._muted: dict[str, set[SaName]] = {
             name: set() for name, _ in (*_SIDES.values(), *_HALVES.values())
         }
@@ -135,15 +132,6 @@ class Mute:
         self._table.remove(names, [each.octets for each in spis])
         for name in names:  # not before: who tries again after an error must find it
             self._muted[name].difference_update(spis)
-
-    async def unmute_soon(self, spis: SaName) -> None:
-        """The same in a thread, for all that want it now: a deletion takes some milliseconds in the
-        kernel."""
-        await self._unmuting.join(spis)
-
-    async def _unmute_all(self, spis: Sequence[SaName]) -> Sequence[None]:
-        await asyncio.to_thread(self.unmute, *spis)
-        return [None] * len(spis)
 
     def listing(self) -> list[Muted]:
         """All muted SAs, also those of an agent before this one; without those that only answer."""

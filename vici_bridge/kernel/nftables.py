@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -117,10 +118,10 @@ class NftTable:
             self._change(_DELSETELEM, ACK if at == len(pairs) else 0, *pair)
             for at, pair in enumerate(pairs, 1)
         )
-        each = [self._change(_DELSETELEM, ACK, *pair) for pair in pairs]
+        each = (self._change(_DELSETELEM, ACK, *pair) for pair in pairs)
         what = f"take {', '.join(key.hex() for key in keys)} out of sets {', '.join(names)}"
-        # a deletion takes some milliseconds in the kernel: one for all, unless a key is missing in a set
-        for messages in (every, *each):
+        # one transaction for all, unless a key is missing in a set
+        for messages in itertools.chain((every,), each):
             (done,) = self._outcomes(XfrmRequest(Secret(_batch(messages)), what))
             if done.errno not in (0, errno.ENOENT):
                 raise failure(XfrmRequest(Secret(), what), done)

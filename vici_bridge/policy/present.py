@@ -25,6 +25,7 @@ class Present:
 
     def __init__(self, views: Iterable[SaView] = ()) -> None:
         self._views: dict[SaName, SaView] = {}
+        self._keys: dict[SaName, frozenset[_Key]] = {}
         self._having: dict[_Key, set[SaName]] = {}
         for view in views:
             self.put(view)
@@ -36,15 +37,18 @@ class Present:
 
     def put(self, view: SaView) -> None:
         """charon has this SA, in place of what was seen of it before."""
-        self.drop(view.spis)
-        self._views[view.spis] = view
-        for key in _keys(view):
-            self._having.setdefault(key, set()).add(view.spis)
+        name, keys = view.spis, frozenset(_keys(view))
+        if self._keys.get(name) != keys:  # mostly an SA is seen again with the same
+            self.drop(name)
+            self._keys[name] = keys
+            for key in keys:
+                self._having.setdefault(key, set()).add(name)
+        self._views[name] = view
 
     def drop(self, sa: SaName) -> None:
         """charon does not have this SA; it need not be known."""
-        view = self._views.pop(sa, None)
-        for key in () if view is None else set(_keys(view)):
+        self._views.pop(sa, None)
+        for key in self._keys.pop(sa, ()):
             names = self._having[key]
             names.discard(sa)
             if not names:

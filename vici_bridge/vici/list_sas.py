@@ -10,7 +10,7 @@ charon reports with the same octets as last time (which contain its age in secon
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ikectx.sa.name import SaName
@@ -77,6 +77,12 @@ class Listing:
         """One of charon's SAs, if it was asked for so many seconds ago at most, alone or with all."""
         asked_at, view = self._seen.get(sa, (float("-inf"), None))
         return view if asyncio.get_running_loop().time() - asked_at <= seconds else None
+
+    def outdate(self, sas: Iterable[SaName]) -> None:
+        """What was asked about these is not recent any more; their unique IDs stay."""
+        for sa in sas:
+            if sa in self._seen:
+                self._seen[sa] = float("-inf"), self._seen[sa][1]
 
     async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
         """One of charon's SAs by its SPIs. Errors: as `views`.
