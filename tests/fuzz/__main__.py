@@ -28,14 +28,19 @@ except ModuleNotFoundError as missing:
 FOLDER = Path(__file__).parent.parent.parent / "build" / "fuzz"
 SPARE_BLOCKS = 5000
 """Objects more than before that are no growth, beside one in a hundred inputs."""
+RESULT = "result.json"
 FORK = multiprocessing.get_context("fork")
 """All that is imported, with its instruments, is there in the child at once."""
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
 
 
 def tried(name: str, inputs: int) -> dict[str, Any]:
     """The result of one target: {target, inputs, seconds (of processor time), coverage, slowest_ms,
     grown_blocks, found}."""
-    folder = FOLDER / re.sub(r"\W+", "-", name)
+    folder = FOLDER / _folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     hear, tell = FORK.Pipe(duplex=False)
     child = FORK.Process(target=guided.run, args=(name, inputs, folder, tell))
@@ -54,7 +59,22 @@ def tried(name: str, inputs: int) -> dict[str, Any]:
     if result.get("grown_blocks", 0) > SPARE_BLOCKS + inputs // 100:
         text = f"{result['grown_blocks']} objects more after {inputs} inputs"
         result["found"]["growth"] = {"text": text, "times": 1, "octets": ""}
+    (folder / RESULT).write_text(json.dumps(result))
     return result
+
+
+def table() -> str:
+    """The last result of each target that has one, as rows in Markdown."""
+    files = [FOLDER / _folder(name) / RESULT for name in guided.TARGETS]
+    rows = [json.loads(file.read_text()) for file in files if file.exists()]
+    head = (
+        "| target | inputs | seconds | edges | slowest ms | found |\n| --- | --- | --- | --- | --- | --- |\n"
+    )
+    return head + "\n".join(
+        f"| {row['target']} | {row['inputs']:,} | {row.get('seconds', 0):.0f} | {row['coverage']} | "
+        f"{row.get('slowest_ms', 0):.1f} | {len(row['found'])} |"
+        for row in rows
+    )
 
 
 def show(result: dict[str, Any]) -> None:
@@ -74,9 +94,15 @@ def show(result: dict[str, Any]) -> None:
 @click.option("--inputs", default=1_000_000, show_default=True, help="How many for each target.")
 @click.option("--jobs", default=1, show_default=True, help="Targets at once.")
 @click.option("--list", "only_list", is_flag=True, help="Name the targets.")
+@click.option("--table", "only_table", is_flag=True, help="What the last runs found, in Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="The results as JSON.")
-def main(names: Sequence[str], inputs: int, jobs: int, only_list: bool, as_json: bool) -> None:
+def main(
+    names: Sequence[str], inputs: int, jobs: int, only_list: bool, only_table: bool, as_json: bool
+) -> None:
     targets = list(guided.TARGETS)
+    if only_table:
+        click.echo(table())
+        return
     if only_list:
         click.echo(json.dumps(targets) if as_json else "\n".join(targets))
         return
