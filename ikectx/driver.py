@@ -65,6 +65,7 @@ from ikectx.engine.outputs import (
 )
 from ikectx.engine.ports import ContextSink, ContextSource
 from ikectx.engine.report import TransferEvent
+from ikectx.engine.tables import SourceState
 from ikectx.net.links import Dial, Link, Links
 from ikectx.wire.cxtp import Ctc, Ctd, Message, Pctd
 from ikectx.wire.whereabouts import Whereabouts
@@ -84,9 +85,9 @@ ERASE_AFTER = 5.0
 By then charon has told that the SA is gone, so that the record has forgotten it."""
 
 SYNC_AFTER = 0.1
-"""Seconds from a write until the log is synced, for all writes of that time. No move waits for it. SAs do not
-outlive a loss of power, but packets of those that moved arrive afterwards: they are blocked or sent on by
-what the store says."""
+"""Seconds from a write until the log is synced, for all writes of that time; at once where an SA is let go.
+No move waits for it. SAs do not outlive a loss of power, but packets of those that moved arrive
+afterwards: they are blocked or sent on by what the store says."""
 
 HearOf = Callable[[str, Whereabouts], None]
 """Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
@@ -157,9 +158,12 @@ class Driver:
         self._closed = False
         self._ended = False
         self._erasing: asyncio.TimerHandle | None = None
-        self._syncing: asyncio.TimerHandle | None = None
+        self._syncs_at: asyncio.TimerHandle | None = None
+        self._syncing: asyncio.Future[None] | None = None
         self._unsynced = False
         """Was something written since the last sync began?"""
+        self._sync_soon = False
+        """Is the next sync to begin at once?"""
         self._quiet = asyncio.Event()
 
     @property
@@ -200,7 +204,7 @@ class Driver:
     def close(self) -> None:
         """Carry out nothing any more, and end what is under way: as if the process had ended."""
         self._closed = True
-        for timer in (self._timer, self._erasing, self._syncing):
+        for timer in (self._timer, self._erasing, self._syncs_at):
             if timer is not None:
                 timer.cancel()
         for task in self.running:
@@ -362,28 +366,34 @@ class Driver:
         writes, self._writes = self._writes, []
         with trace.about(writes[0].entry.transfer_id), trace.span("journal", "call"):
             outcomes = self._written(writes)
-        self._sync_later()
+        self._sync_later(at_once=any(output.entry.state == SourceState.RELEASED for output in writes))
         for output, outcome in zip(writes, outcomes, strict=True):
             self._ended = self._ended or bool(output.entry.result)
             self.engine.effect_done(self.now(), output.effect, outcome)
 
-    def _sync_later(self) -> None:
+    def _sync_later(self, *, at_once: bool = False) -> None:
+        """`at_once`: an SA is about to be let go. The sync begins before the other gateway hears of that."""
         self._unsynced = True
-        if self._syncing is None and not self._closed:
-            self._syncing = asyncio.get_running_loop().call_later(SYNC_AFTER, self._sync)
+        self._sync_soon = self._sync_soon or at_once
+        if self._syncing is not None or self._closed:
+            return
+        if self._sync_soon:
+            self._sync()
+        elif self._syncs_at is None:
+            self._syncs_at = asyncio.get_running_loop().call_later(SYNC_AFTER, self._sync)
 
     def _sync(self) -> None:
-        self._spawn(self._synced(), "sync")
-
-    async def _synced(self) -> None:
         """One sync at a time, because those of a slow disk would take all threads, which others need, too."""
-        self._unsynced = False
-        try:
-            await asyncio.to_thread(self._store.sync)
-        finally:
-            self._syncing = None
-            if self._unsynced:
-                self._sync_later()
+        if self._syncs_at is not None:
+            self._syncs_at.cancel()
+        self._syncs_at, self._unsynced, self._sync_soon = None, False, False
+        self._syncing = asyncio.get_running_loop().run_in_executor(None, self._store.sync)
+        self._syncing.add_done_callback(self._synced)
+
+    def _synced(self, _: asyncio.Future[None]) -> None:
+        self._syncing = None
+        if self._unsynced:
+            self._sync_later()
 
     def _written(self, writes: Sequence[Journal]) -> Sequence[object]:
         """The outcome of each. If all together fail, each is written alone, because only one may be bad."""

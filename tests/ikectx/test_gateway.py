@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ikectx import driver
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.journaled import TransferPolicy
 from ikectx.engine.ports import Address
@@ -33,9 +34,9 @@ from ikectx.sa.context import Identity
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
 from ikectx.wire.cxtp import Ctd, Ctdr, Pctd
-from tests.hand_loop import run
+from tests.hand_loop import HandLoop, run
 from tests.peers import CountedStore, Ether, MemoryGateway, a_context
-from tests.worlds import KEY, World, one_move, world
+from tests.worlds import KEY, World, one_move, until, world
 
 # -- moves -----------------------------------------------------------------------------------------------
 
@@ -106,6 +107,33 @@ def test_the_journal_is_synced_although_no_move_waits_for_it(monkeypatch: pytest
     run(scenario())
 
 
+def test_an_sa_that_is_let_go_is_synced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway that lost its power knows where packets for the mobile node go."""
+    synced: list[tuple[str, ...]] = []
+    states: list[str] = []
+    sync, write = SqliteStore.sync, SqliteStore.write
+
+    def note_write(store: SqliteStore, *entries: Any, durable: bool = True) -> None:
+        write(store, *entries, durable=durable)
+        states.extend(entry.state for entry in entries)
+
+    def note_sync(store: SqliteStore) -> None:
+        synced.append(tuple(states))
+        sync(store)
+
+    monkeypatch.setattr(driver, "SYNC_AFTER", 1e6)
+    monkeypatch.setattr(SqliteStore, "write", note_write)
+    monkeypatch.setattr(SqliteStore, "sync", note_sync)
+
+    async def scenario() -> None:
+        async with world() as w:
+            await one_move(w)
+            await until(lambda: bool(synced))
+            assert "released" in synced[0]
+
+    run(scenario())
+
+
 def test_a_slow_disk_takes_one_thread_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = most = 0
     written = synced = 0
@@ -116,17 +144,23 @@ def test_a_slow_disk_takes_one_thread_and_no_more(monkeypatch: pytest.MonkeyPatc
         written += 1
         write(store, *entries, durable=durable)
 
-    async def slow_thread(work: Callable[..., None], *_: object) -> None:
+    async def slow_sync() -> None:
         nonlocal busy, most, synced
-        if work.__name__ != "sync":
-            return
         busy, began = busy + 1, written
         most = max(most, busy)
         await asyncio.sleep(0.5)
         busy, synced = busy - 1, began
 
+    def thread(
+        loop: asyncio.AbstractEventLoop, executor: None, work: Callable[..., None]
+    ) -> asyncio.Future[None]:
+        if work.__name__ == "sync":
+            return loop.create_task(slow_sync())
+        return real(loop, executor, work)
+
+    real = HandLoop.run_in_executor
     monkeypatch.setattr(SqliteStore, "write", note_write)
-    monkeypatch.setattr(asyncio, "to_thread", slow_thread)
+    monkeypatch.setattr(HandLoop, "run_in_executor", thread)
 
     async def scenario() -> None:
         async with world() as w:
