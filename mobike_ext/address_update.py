@@ -14,9 +14,10 @@ Return routability (RFC 4555, 3.7): an answer that counts (see `requester`) echo
 `AddressPart` is the part of this that is used in a request with more content, see `spi_update`.
 
 NAT detection. The mobile node decides about UDP encapsulation by our hashes: if both match it switches it
-off, unless its own configuration forces it. So true hashes are sent, except if the *gateway's* configuration
-forced the encapsulation (charon's condition NAT_FAKE): then the source hash is one that cannot match, as
-charon sent it in IKE_SA_INIT.
+off, else on, and its CHILD_SAs with it. Those at the new gateway stay as they were at the old one. So ESP in
+UDP goes on in UDP, because the source hash is then one that cannot match (as charon's is in IKE_SA_INIT with
+`encap = yes`), whichever gateways are behind a NAT. Where the answer tells of a NAT and ESP was not in UDP,
+the update counts as refused: the mobile node encapsulates by then, until the old gateway takes it back.
 """
 
 from __future__ import annotations
@@ -64,34 +65,23 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The mobile node refused. `notify` is its error; COOKIE2 means that the answer lacks our cookie."""
+    """The mobile node refused. `notify` is its error; COOKIE2: the answer lacks our cookie;
+    NAT_DETECTION_DESTINATION_IP, NAT_DETECTION_SOURCE_IP: it tells of a NAT before us, or before the mobile
+    node, for which ESP would have to be in UDP."""
 
     notify: Notify
 
 
-@dataclass(frozen=True, slots=True)
-class PeerNatChanged:
-    """The NATs on the new path differ from those on the old one.
-
-    `conditions`: charon's bits for the SA from now on (only the four of `Condition` differ).
-    """
-
-    conditions: int
-    nat_here: bool
-    nat_there: bool
-
-
-AddressUpdateEvent = Moved | Refused | Silent | PeerNatChanged
+AddressUpdateEvent = Moved | Refused | Silent
 
 
 # --- the address part ----------------------------------------------------------------------------------
 
 
-def nat_detection(
-    spis: SaName, local: Endpoint, remote: Endpoint, conditions: int = 0
-) -> list[NotifyPayload]:
-    """Both N(NAT_DETECTION_*) of a message from `local` to `remote`, see this module's docstring."""
-    source = _NOWHERE if conditions & Condition.NAT_FAKE else local
+def nat_detection(spis: SaName, local: Endpoint, remote: Endpoint, *, encap: bool) -> list[NotifyPayload]:
+    """Both N(NAT_DETECTION_*) of a message from `local` to `remote`. `encap`: ESP is to be in UDP whether
+    there is a NAT or not."""
+    source = _NOWHERE if encap else local
     return [
         NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(*spis, source)),
         NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(*spis, remote)),
@@ -156,7 +146,9 @@ class AddressPart:
         """The payloads, in the order in which they are sent."""
         return [
             NotifyPayload(Notify.UPDATE_SA_ADDRESSES),
-            *nat_detection(self._spis, self._local, self._remote, self._conditions),
+            *nat_detection(
+                self._spis, self._local, self._remote, encap=bool(self._conditions & Condition.NAT_ANY)
+            ),
             NotifyPayload(Notify.COOKIE2, self._cookie2),
             *(() if self._additional is None else further(self._additional, self._local.address)),
         ]
@@ -167,15 +159,11 @@ class AddressPart:
             return Refused(answer.error.notify)
         if [n.data for n in answer.notifies(Notify.COOKIE2)] != [self._cookie2]:
             return Refused(Notify.COOKIE2)
+        nat = nat_conditions(answer, self._spis, self._local, self._remote, self._conditions)
+        if nat & ~self._conditions & Condition.NAT_ANY:
+            here = nat & Condition.NAT_HERE
+            return Refused(Notify.NAT_DETECTION_DESTINATION_IP if here else Notify.NAT_DETECTION_SOURCE_IP)
         return None
-
-    def nat_change(self, answer: IkeMessage) -> list[PeerNatChanged]:
-        """Whether the answer's NAT detection changes the conditions."""
-        before = self._conditions
-        new = nat_conditions(answer, self._spis, self._local, self._remote, before)
-        if new == before:
-            return []
-        return [PeerNatChanged(new, bool(new & Condition.NAT_HERE), bool(new & Condition.NAT_THERE))]
 
 
 # --- the machine -------------------------------------------------------------------------------------
@@ -242,7 +230,7 @@ class AddressUpdate(Requester[AddressUpdateState, AddressUpdateInput, AddressUpd
         if refusal is not None:
             self._enter(AddressUpdateInput.REJECT, refusal)
         else:
-            self._enter(AddressUpdateInput.ACCEPT, *self._part.nat_change(message), Moved())
+            self._enter(AddressUpdateInput.ACCEPT, Moved())
 
     def _unanswered(self) -> None:
         self._enter(AddressUpdateInput.GIVE_UP, Silent(self._asking.sent))

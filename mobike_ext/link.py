@@ -15,10 +15,10 @@ from typing import Any
 
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import LinkError, RefusedError
-from ikectx.numbers import Status
+from ikectx.numbers import Notify, Status
 from ikectx.sa.context import Endpoint
 
-from .address_update import AddressUpdate, PeerNatChanged, Refused
+from .address_update import AddressUpdate, Refused
 from .farewell import Farewell
 from .notify import Reason
 from .packet_io import RawLink, open_raw
@@ -41,6 +41,11 @@ _PROOF_INTERVAL = 0.25
 """Seconds between two checks whether the mobile node's ESP has arrived, or the caller wants an end."""
 _ANSWER_OCTETS = 256
 """Fresh octets for the IVs of one answer."""
+_NATS = {
+    Notify.NAT_DETECTION_DESTINATION_IP: "this gateway is behind a NAT, and the SA's ESP is not in UDP",
+    Notify.NAT_DETECTION_SOURCE_IP: "the MN is behind a NAT on its way here, and the SA's ESP is not in UDP",
+}
+_ENCAP = "`--address relay`; or `encap = yes` in the connection at both gateways, for later SAs"
 
 
 async def _run(
@@ -80,8 +85,11 @@ async def _run(
                 status=Status.PEER_SILENT,
             )
         if isinstance(event, Refused):
+            nat = _NATS.get(event.notify)
             raise RefusedError(
-                f"the MN refused the new address: {event.notify.name}", status=Status.PEER_REFUSED
+                nat or f"the MN refused the new address: {event.notify.name}",
+                hint=_ENCAP if nat else "",
+                status=Status.PEER_REFUSED,
             )
     return events
 
@@ -97,19 +105,7 @@ def _send(raw: RawLink, datagrams: list[tuple[bytes, Endpoint]]) -> str:
     return trouble
 
 
-def _nat(events: list[object]) -> PeerNatChanged | None:
-    return next((event for event in events if isinstance(event, PeerNatChanged)), None)
-
-
 # --- requests ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateReport:
-    """The result of a successful address update. `nat`: NATs differ from before."""
-
-    move: MoveReport
-    nat: PeerNatChanged | None = None
 
 
 async def run_address_update(
@@ -117,15 +113,15 @@ async def run_address_update(
     *,
     heard: Callable[[], bool] | None = None,
     mark: int = 0,
-) -> UpdateReport:
+) -> MoveReport:
     """Run `machine` to its end from a raw socket at `machine.local`.
 
     heard: called now and then; true if ESP of the mobile node arrives here, which is then asked twice as
     often. mark: see `open_raw`. Errors: LinkError with PEER_SILENT (no answer; `machine.report` has what was
     sent) or UNREACHABLE (the socket is not available), RefusedError with PEER_REFUSED.
     """
-    events = await _run(machine, mark, heard, machine.traffic_seen)
-    return UpdateReport(machine.report, _nat(events))
+    await _run(machine, mark, heard, machine.traffic_seen)
+    return machine.report
 
 
 async def run_mid_probe(machine: MidProbe, *, mark: int = 0) -> int:
@@ -151,7 +147,6 @@ class SpiReport:
 
     move: MoveReport
     outcome: Renamed | RenameRefused | Unsupported
-    nat: PeerNatChanged | None = None
 
 
 async def run_spi_update(machine: SpiUpdate, *, mark: int = 0) -> SpiReport:
@@ -161,7 +156,7 @@ async def run_spi_update(machine: SpiUpdate, *, mark: int = 0) -> SpiReport:
     """
     events = await _run(machine, mark)
     outcome = next(e for e in events if isinstance(e, Renamed | RenameRefused | Unsupported))
-    return SpiReport(machine.report, outcome, _nat(events))
+    return SpiReport(machine.report, outcome)
 
 
 async def ask_rekey(machine: ChildRekey | IkeRekey, *, mark: int = 0) -> ChildMade | IkeMade:
@@ -241,7 +236,6 @@ async def keep_answering(machine: SpiUpdate, seconds: float, *, mark: int = 0) -
 __all__ = [
     "Serving",
     "SpiReport",
-    "UpdateReport",
     "ask_rekey",
     "end_rekey",
     "keep_answering",

@@ -35,7 +35,7 @@ from ikectx.sa.keys import DrawnIvs, seal_key, sk_keys
 from ikectx.wire.ikev2 import IkeHeader, IkeMessage, Reassembly, add_marker, seal_fragments, strip_marker
 from ikectx.wire.payloads import AnyPayload, NotifyPayload
 
-from .address_update import nat_conditions, nat_detection
+from .address_update import Condition, nat_conditions, nat_detection
 from .naming import Decision, Names, Renaming, asked_for, decide, supported_by
 from .notify import Invitation, Reason, UpdateSpiSupported
 
@@ -248,7 +248,8 @@ class SpiResponder(Talker[ResponderState, ResponderInput, Action, ResponderEvent
         if supported_by(request.message):
             payloads.append(UpdateSpiSupported().serialize())
         if request.moves:
-            payloads += nat_detection(self.spis, self.local, request.source, self._conditions)
+            forced = bool(self._conditions & Condition.NAT_FAKE)
+            payloads += nat_detection(self.spis, self.local, request.source, encap=forced)
         payloads += request.message.notifies(Notify.COOKIE2)
         sealed = seal_fragments(self._key, head, payloads, fresh, self._limit)
         self._answer = [add_marker(one, self.local, request.source) for one in sealed]

@@ -29,7 +29,7 @@ from ikectx.sa.context import Endpoint
 from ikectx.sa.keys import DrawnIvs
 from ikectx.wire.ikev2 import IkeMessage
 
-from .address_update import AddressNotice, AddressPart, Moved, PeerNatChanged, Refused
+from .address_update import AddressNotice, AddressPart, Moved, Refused
 from .naming import (
     MOST,
     Decision,
@@ -91,17 +91,7 @@ class PeerRenamed:
     pairs: tuple[Renaming, ...]
 
 
-SpiUpdateEvent = (
-    Moved
-    | Refused
-    | Silent
-    | PeerNatChanged
-    | Renamed
-    | RenameRefused
-    | Unsupported
-    | PeerRenamed
-    | PeerSupports
-)
+SpiUpdateEvent = Moved | Refused | Silent | Renamed | RenameRefused | Unsupported | PeerRenamed | PeerSupports
 
 
 # --- the machine -------------------------------------------------------------------------------------
@@ -356,7 +346,7 @@ class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
             refusal = self._part.refusal(message)
             if refusal is not None:
                 return SpiUpdateInput.REJECT, [*events, refusal]
-            events += [*self._part.nat_change(message), *self._moved()]
+            events += self._moved()
         decision: Decision | None = None
         error = None if message.error is None else message.error.notify
         if error is None:

@@ -19,8 +19,6 @@ from ikectx.wire.payloads import AnyPayload
 from mobike_ext.address_update import COOKIE2_LENGTH, AddressNotice, AddressUpdate
 from mobike_ext.farewell import Farewell
 from mobike_ext.link import (
-    SpiReport,
-    UpdateReport,
     ask_rekey,
     end_rekey,
     keep_answering,
@@ -73,9 +71,7 @@ class MnMover:
             ),
             DrawnIvs.of(self._derived(here, final, b"iv", iv_length(here.current.encr))),
         )
-        report = await run_address_update(machine, heard=arrived, mark=self._mark)
-        _warn_of_nat(report)
-        return report.move
+        return await run_address_update(machine, heard=arrived, mark=self._mark)
 
     @staticmethod
     def _derived(here: IkeContext, final: FinalState, label: bytes, length: int) -> bytes:
@@ -145,16 +141,6 @@ class MnTeller(_Prober):
     async def __call__(self, here: IkeContext, message_id: int, payloads: Sequence[AnyPayload]) -> int:
         """The message ID of our next request. Errors: LinkError (silent)."""
         return await self._probe(here, message_id, b"ikectx telling " + _path(here), payloads)
-
-
-def _warn_of_nat(report: UpdateReport | SpiReport) -> None:
-    nat = report.nat
-    if nat is not None:
-        log.warning(
-            "the MN's way to this gateway has other NATs than before: here %s, at the MN %s",
-            "one" if nat.nat_here else "none",
-            "one" if nat.nat_there else "none",
-        )
 
 
 class MnRenamer:
@@ -297,7 +283,6 @@ class MnTalk:
             meanwhile=PeerRequests(now.mid_responder, AGENT_WAIT if self._wish.agent else MIRROR_WAIT),
         )
         done = await run_spi_update(machine, mark=self._renamer.mark)
-        _warn_of_nat(done)
         self._moved = self._moved or addresses
         used, answered = done.move.requests, done.move.answered
         match done.outcome:
@@ -363,10 +348,9 @@ class MnTalk:
                 await self.give_up(str(error))
             raise
         if rekey is not None:
-            rekey.skip(done.move.requests)
-        _warn_of_nat(done)
+            rekey.skip(done.requests)
         self._moved = True
-        return self._agreed("rekey", done.move, used=done.move.requests, unfinished=rekey is not None)
+        return self._agreed("rekey", done, used=done.requests, unfinished=rekey is not None)
 
 
 def _asks(now: IkeContext, wish: Wish) -> list[UpdateSpi]:

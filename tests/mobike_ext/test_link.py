@@ -119,7 +119,7 @@ def test_beside_the_owner_of_the_port(gateway_host: str, node_host: str, drop: i
         asks = machine(gateway, node, ONCE_MORE if drop else PATIENT)
         with mobile_node(udp, gateway, drop=drop):
             report = asyncio.run(link.run_address_update(asks))
-        assert (report.move.messages, report.move.requests, report.move.retransmissions) == (
+        assert (report.messages, report.requests, report.retransmissions) == (
             2 + drop,
             1,
             drop,
@@ -161,7 +161,7 @@ def test_beneath_a_firewall_that_mutes_charon(version: int) -> None:
             with mobile_node(udp, gateway, drop=1):
                 asks = machine(gateway, node, ONCE_MORE)
                 report = asyncio.run(link.run_address_update(asks, mark=MARK))
-            assert (report.move.requests, report.move.retransmissions) == (1, 1)
+            assert (report.requests, report.retransmissions) == (1, 1)
             # the muted charon heard the noise only: another SA's
             assert [charon.recv(2000)[:1] for _ in range(3)] == [b"\xff", b"\xc0", b"\0"]
             charon.settimeout(0.1)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from ikectx.errors import UsageError
 from ikectx.numbers import Encr, Exchange, Integ, Notify, Protocol
-from ikectx.sa.context import IkeGeneration
+from ikectx.sa.context import Endpoint, IkeGeneration
 from ikectx.sa.keys import iv_length, seal_key
 from ikectx.wire.ikev2 import IkeHeader, add_marker, seal_message
 from ikectx.wire.payloads import AnyPayload, NotifyPayload
-from mobike_ext.address_update import AddressNotice, Condition, Moved, PeerNatChanged, Refused
+from mobike_ext.address_update import AddressNotice, Moved, Refused
 from mobike_ext.naming import MOST, Renaming, ask, ask_peer, mirrored, renamed_ike
 from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
 from mobike_ext.requester import SaEnd, Silent
@@ -224,10 +224,15 @@ def test_an_error_or_nonsense_without_addresses() -> None:
     assert events(machine) == [Moved(), RenameRefused((), Notify.INVALID_SYNTAX)]
 
 
-def test_a_changed_nat_is_told() -> None:
-    machine = update(address=AddressNotice(COOKIE, int(Condition.NAT_THERE | Condition.NAT_ANY)))
-    answer(machine)
-    assert events(machine) == [PeerNatChanged(0, False, False), Moved(), Unsupported()]
+def test_a_nat_needs_esp_in_udp() -> None:
+    machine, elsewhere = update(), Endpoint.of("203.0.113.1", 4500)
+    [(datagram, _)] = machine.to_send(0)
+    node = Node()
+    request = node.read(datagram)
+    told = [*node.nat_detection(elsewhere), *request.notifies(Notify.COOKIE2)]
+    machine.receive(node.answer(request, told), MN, 0)
+    assert events(machine) == [Refused(Notify.NAT_DETECTION_DESTINATION_IP)]
+    assert machine.state is SpiUpdateState.REJECTED
 
 
 def test_silence() -> None:

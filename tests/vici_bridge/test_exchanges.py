@@ -15,8 +15,8 @@ from ikectx.sa.context import Address, IkeContext, Secret
 from ikectx.sa.keys import iv_length
 from ikectx.wire.full_ctd import final_of
 from ikectx.wire.ikev2 import HEADER_LENGTH
-from mobike_ext.address_update import AddressUpdate, PeerNatChanged
-from mobike_ext.link import SpiReport, UpdateReport
+from mobike_ext.address_update import AddressUpdate
+from mobike_ext.link import SpiReport
 from mobike_ext.naming import Renaming
 from mobike_ext.notify import Reason
 from mobike_ext.rekey import ChildMade, ChildRekey, IkeMade, IkeRekey, RekeyState
@@ -73,12 +73,12 @@ class Mn:
 
     async def run_address_update(
         self, machine: AddressUpdate, *, mark: int, heard: object = None
-    ) -> UpdateReport:
+    ) -> MoveReport:
         self.said.append(("addresses", machine._asking.message_id))
         self._sent(machine)
         if self.outcome == "address refused":
             raise RefusedError("the MN refused the new address")
-        return UpdateReport(ONE, PeerNatChanged(0, False, True) if self.outcome == "other NATs" else None)
+        return ONE
 
     async def ask_rekey(self, machine: ChildRekey | IkeRekey, *, mark: int) -> ChildMade | IkeMade:
         self._sent(machine)
@@ -236,13 +236,6 @@ def test_a_child_that_cannot_be_installed_is_given_back(
 
     asyncio.run(installing())
     assert mn.said[-1][0] == said
-
-
-def test_other_nats_are_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    Mn(monkeypatch, "other NATs")
-    ask(update=False)
-    [told] = [record.getMessage() for record in caplog.records if "NAT" in record.getMessage()]
-    assert told.endswith("here none, at the MN one")
 
 
 def test_an_address_that_is_refused_has_used_its_message_id(monkeypatch: pytest.MonkeyPatch) -> None:
