@@ -12,7 +12,6 @@ elsewhere), and rows by somebody who has the store's key.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import logging
 import secrets
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ikectx.errors import StoreError, UsageError
+from ikectx.mac import equal, hmac_sha256
 
 from .seal import Sealer
 
@@ -168,7 +168,7 @@ class Audit:
                 findings.append(f"{_these(number + 1, found - 1)} gone")
             elif not typed:
                 findings.append(f"row {found} was changed")
-            elif not hmac.compare_digest(found_mac, self._mac(mac, found, line)):
+            elif not equal(found_mac, self._mac(mac, found, line)):
                 findings.append(f"row {found} was changed, or is in the place of another one")
             if noted is not None and noted[0] == found and noted[1] != found_mac:
                 findings.append(f"row {found} is not the one of the head that was noted")
@@ -194,7 +194,7 @@ class Audit:
             return None  # nothing was pruned yet
         with contextlib.suppress(TypeError, OverflowError, AttributeError):
             number, mac, tag = found
-            if hmac.compare_digest(tag, self._tag(name, number, mac)):
+            if equal(tag, self._tag(name, number, mac)):
                 return number, mac
         if findings is not None:
             findings.append(f"the anchor of the log's {'end' if name == 'head' else 'beginning'} was changed")
@@ -205,10 +205,10 @@ class Audit:
         self._db.execute("INSERT OR REPLACE INTO audit_ends VALUES (?, ?, ?, ?)", (name, number, mac, tag))
 
     def _mac(self, before: bytes, number: int, line: bytes) -> bytes:
-        return hmac.digest(self._key, before + number.to_bytes(8, signed=True) + line, "sha256")
+        return hmac_sha256(self._key, before + number.to_bytes(8, signed=True) + line)
 
     def _tag(self, name: str, number: int, mac: bytes) -> bytes:
-        return hmac.digest(self._key, f"{name}|{number}|{mac.hex()}".encode(), "sha256")
+        return hmac_sha256(self._key, f"{name}|{number}|{mac.hex()}".encode())
 
 
 def _these(first: int, last: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
-from hashlib import sha256
 
 from ikectx.errors import (
     BusyError,
@@ -20,6 +19,7 @@ from ikectx.errors import (
     UnknownSaError,
     WireError,
 )
+from ikectx.mac import digest
 from ikectx.numbers import Fpt, Status
 from ikectx.rates import Bucket
 from ikectx.sa.context import Address, IkeContext
@@ -176,7 +176,7 @@ class Grants:
             self._turn_away(line, message, why)
             return
         # by its octets, because a wrong token says nothing about the right one of the same sequence number
-        key = sha256(message.serialize()).digest()
+        key = digest(message.serialize())
         served = asker.served.get(key)
         if served is not None and (served.open or served.moved):
             log.info("%s asks again for the SA of %s", line.label, message.mn)

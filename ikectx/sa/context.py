@@ -10,10 +10,10 @@ context holds, strongSwan's ha plugin for what charon needs.
 
 from __future__ import annotations
 
-import hmac
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
+from ikectx.mac import equal
 from ikectx.numbers import Encr, IdType, Integ, KeMethod, Mode, Prf, Protocol
 
 from .name import SaName
@@ -43,7 +43,7 @@ class Secret:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
             return NotImplemented
-        return hmac.compare_digest(self._octets, other._octets)
+        return equal(self._octets, other._octets)
 
     def __hash__(self) -> int:
         raise TypeError("a Secret is not hashable")

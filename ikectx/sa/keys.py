@@ -35,9 +35,9 @@ from cryptography.hazmat.primitives import constant_time, hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherAlgorithm, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESCCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.cmac import CMAC
-from cryptography.hazmat.primitives.hmac import HMAC
 
 from ikectx.errors import RefusedError, UsageError, WireError
+from ikectx.mac import hmac_of
 from ikectx.numbers import Encr, Integ, OpenEnum, Prf, Protocol, Status
 
 from .context import NO_SECRET, ChildContext, IkeGeneration, Secret
@@ -134,7 +134,7 @@ def prf(alg: Prf, key: bytes, data: bytes) -> bytes:
         return _cmac(key, data)
     if alg not in _HASH:
         raise _unknown("prf", alg.name)
-    return _hmac(_HASH[alg], key, data)
+    return hmac_of(_HASH[alg], key, data)
 
 
 def prf_plus(alg: Prf, key: bytes, seed: bytes, length: int) -> bytes:
@@ -148,12 +148,6 @@ def prf_plus(alg: Prf, key: bytes, seed: bytes, length: int) -> bytes:
         out += last
         number += 1
     return out[:length]
-
-
-def _hmac(kind: type[hashes.HashAlgorithm], key: bytes, data: bytes) -> bytes:
-    mac = HMAC(key, kind())
-    mac.update(data)
-    return mac.finalize()
 
 
 def _cmac(key: bytes, data: bytes) -> bytes:
@@ -429,7 +423,7 @@ def _icv(key: SealKey, data: bytes) -> bytes:
     kind, _, length = _INTEG[key.integ]
     secret = key.integ_key.reveal()
     if kind is not None:
-        return _hmac(kind, secret, data)[:length]
+        return hmac_of(kind, secret, data)[:length]
     return (_xcbc if key.integ is Integ.AES_XCBC_96 else _cmac)(secret, data)[:length]
 
 

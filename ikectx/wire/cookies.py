@@ -10,9 +10,9 @@ The cookie is not covered by the mobile node's tag: the gateway removes it befor
 
 from __future__ import annotations
 
-import hmac
 from dataclasses import replace
 
+from ikectx.mac import equal, hmac_sha256
 from ikectx.numbers import Cxtp, Fpt
 
 from .cxtp import HEADER_SIZE, ContextDataBlock, Ctaa, Ctar
@@ -63,11 +63,11 @@ class Cookies:
         if key is None:
             if len(self._keys) > 1:
                 del self._keys[min(self._keys)]
-            key = self._keys[number] = hmac.digest(self._secret, number.to_bytes(8), "sha256")
+            key = self._keys[number] = hmac_sha256(self._secret, number.to_bytes(8))
         return key
 
     def _make(self, number: int, host: str, port: int) -> bytes:
-        mark = hmac.digest(self._key(number), f"{host} {port}".encode(), "sha256")
+        mark = hmac_sha256(self._key(number), f"{host} {port}".encode())
         return bytes([number & 0xFF]) + mark[: LENGTH - 1]
 
     def make(self, host: str, port: int, now: float) -> bytes:
@@ -81,7 +81,7 @@ class Cookies:
             number -= 1
         if number < 0 or cookie[:1] != bytes([number & 0xFF]):
             return False
-        return hmac.compare_digest(cookie, self._make(number, host, port))
+        return equal(cookie, self._make(number, host, port))
 
 
 def ask(datagram: bytes, fixed: int, cookie: bytes) -> bytes:

@@ -10,13 +10,15 @@ Octets of blocks and keys are kept out of every repr: they hold key material.
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import ClassVar
 
+from cryptography.hazmat.primitives import hashes
+
 from ikectx.errors import WireError
+from ikectx.mac import equal, hmac_of
 from ikectx.numbers import Cxtp, Fpt, OpenEnum, Status
 
 from .reader import Reader, Writer
@@ -522,7 +524,7 @@ def compute_token(key: bytes, mn: Address, sequence: int, blocks: Sequence[Conte
     text = Writer().octets(mn.packed).u32(sequence)
     for block in blocks:
         block.write(text)
-    return int.from_bytes(hmac.digest(key, text.done(), "sha1")[:4])
+    return int.from_bytes(hmac_of(hashes.SHA1, key, text.done())[:4])
 
 
 def verify_token(
@@ -535,4 +537,4 @@ def verify_token(
     if not key:
         return False
     right = compute_token(key, mn, sequence, blocks)
-    return 0 <= token < 1 << 32 and hmac.compare_digest(right.to_bytes(4), token.to_bytes(4))
+    return 0 <= token < 1 << 32 and equal(right.to_bytes(4), token.to_bytes(4))

@@ -40,12 +40,12 @@ token names the SA that it moves, and that it is used once (until its expiry).
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 
 from ikectx.errors import RefusedError, WireError
+from ikectx.mac import equal, hmac_sha256
 from ikectx.numbers import Fpt, OpenEnum, Status
 from ikectx.sa.context import Address, Endpoint, IkeGeneration, Secret
 from ikectx.sa.keys import prf_plus, sk_keys
@@ -250,8 +250,8 @@ def verify(
     others = _others(message.blocks)
     right_tag = token._right_tag(key, message.mn, message.sequence, others)
     # both parts are always compared, so that the time it takes reveals nothing
-    good = hmac.compare_digest(token.tag, right_tag)
-    good &= hmac.compare_digest(token.token.to_bytes(4), message.token.to_bytes(4))
+    good = equal(token.tag, right_tag)
+    good &= equal(token.token.to_bytes(4), message.token.to_bytes(4))
     if not (good and len(key)):
         raise TokenError("the token is wrong")
     check_claims(token, purpose=purpose, psg=psg, nsg=nsg, now=now, skew=skew)
@@ -307,7 +307,7 @@ def open_ctaa(key: Secret, ctaa: Ctaa, sequence: int, *, purpose: Purpose) -> bo
     except WireError:
         return False
     right = _reply_tag(key, ctaa.mn, sequence, purpose, expects, ctaa.statuses, _others(ctaa.blocks))
-    return hmac.compare_digest(tag, right) and stated == purpose
+    return equal(tag, right) and stated == purpose
 
 
 def expected_by(ctaa: Ctaa) -> int | None:
@@ -346,7 +346,7 @@ def _reply_tag(
 def _tag(key: Secret, text: Writer, others: Blocks) -> bytes:
     for block in others:
         block.write(text)
-    return hmac.digest(key.reveal(), text.done(), "sha256")[:TAG_LENGTH]
+    return hmac_sha256(key.reveal(), text.done())[:TAG_LENGTH]
 
 
 def _others(blocks: Blocks) -> Blocks:

@@ -94,6 +94,20 @@ def test_nothing_asks_an_object_whether_it_has_a_method() -> None:
     assert found == []
 
 
+def test_cryptographic_primitives_come_from_one_package() -> None:
+    """The lab's checksums of files are none."""
+    found = {
+        f"{file.relative_to(ROOT)} {name}"
+        for file in FILES
+        if "lab" not in file.parts
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([one.name for one in node.names] if isinstance(node, ast.Import) else [node.module])
+        if name in ("hmac", "hashlib", "crypt")
+    }
+    assert found == set()
+
+
 def test_no_module_has_more_than_six_hundred_lines() -> None:
     found = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
     assert {name: count for name, count in found.items() if count > LINES} == {}

@@ -19,7 +19,6 @@ With ESP in user space there are no policies, and so no blocks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import defaultdict
@@ -29,6 +28,7 @@ from typing import Any
 
 from ikectx.engine.ports import Store
 from ikectx.errors import KernelError, StoreError, WireError, reading
+from ikectx.mac import digest
 from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.kernel.kernel import Kernel
@@ -58,7 +58,7 @@ class Block:
     @property
     def key(self) -> str:
         """Its key in the store. There is one block for the same packets, whichever SA they were of."""
-        return hashlib.sha256(self.policy.raw).hexdigest()[:32]
+        return digest(self.policy.raw).hex()[:32]
 
     def dumps(self) -> bytes:
         """The stored form."""
