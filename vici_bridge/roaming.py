@@ -57,9 +57,9 @@ async def follow_esp(host: CharonHost) -> None:
         await asyncio.sleep(LOOK)
         try:
             strangers = host.nat.strangers() if host.away.passing.in_udp else []
-            followed: set[str] = set()
+            relays, followed = host.away.relays() if strangers else {}, set[str]()
             for one in strangers:
-                row = host.away.relayed_from(one.known)
+                row = next((relays[place] for place in one.known if place in relays), None)
                 if row is not None and row.key not in followed and not _ours(host, one):
                     followed.add(row.key)
                     host.away.roamed(row, one.mn, one.ours)

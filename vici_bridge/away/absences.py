@@ -231,12 +231,10 @@ class Away:
             (row for row in self._rows.values() if row.rules and name in (row.sa, row.known_as)), None
         )
 
-    def relayed_from(self, places: Collection[tuple[Endpoint, Address]]) -> Departure | None:
-        """The SA that left whose packets are passed on from one of these places to the gateway beside it."""
-        for row in self._rows.values():
-            if any((rule.mn, rule.to) in places for rule in row.rules.values()):
-                return row
-        return None
+    def relays(self) -> dict[tuple[Endpoint, Address], Departure]:
+        """The SAs that left, by the places from which their packets are passed on, and the gateways to
+        which."""
+        return {(rule.mn, rule.to): row for row in self._rows.values() for rule in row.rules.values()}
 
     def roamed(self, row: Departure, mn: Endpoint, ours: Endpoint) -> NatRule | None:
         """A relayed mobile node sends from `mn` to `ours`: pass its packets on from there, too.
@@ -248,7 +246,13 @@ class Away:
             return None
         guest = NatRule(mn, ours, self.passing.free_port(), row.relay.to)
         log.info("%s sends from %s now: its packets are passed on from there, too", row.mn, mn)
-        self._change(row, replace(row, guests=(*row.guests, guest)[-GUESTS:]))
+        guests = row.guests
+        if len(guests) >= GUESTS:
+            answered = self.passing.answered()
+            # whoever repeats packets from elsewhere is not answered, and does not displace the mobile node
+            out = next((one for one in guests if one.port not in answered), guests[0])
+            guests = tuple(one for one in guests if one is not out)
+        self._change(row, replace(row, guests=(*guests, guest)))
         return guest
 
     def renamed(self, peer: str, sa: SaName, epoch: int, name: SaName, esp: tuple[bytes, ...] = ()) -> None:

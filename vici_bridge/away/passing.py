@@ -73,6 +73,10 @@ class Passing:
         """The SA does not leave, or has left by other means."""
         self._promised.pop(sa.key, None)
 
+    def answered(self) -> Collection[int]:
+        """See `NatRelay.answered`. Errors: KernelError."""
+        return () if self._nat is None else self._nat.answered()
+
     def of(self, seen_at: Endpoint) -> NatRule | None:
         """The mobile node for which that endpoint of this gateway stands."""
         for rule in self._rules.values():

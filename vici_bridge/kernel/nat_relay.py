@@ -23,7 +23,7 @@ RFC 7296, 3.1 (exchange types); RFC 3948, 2.1 and 2.2 (in UDP); RFC 4303, 2.1.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -44,8 +44,8 @@ _SPI = "@th,64,32"
 """That of ESP in UDP."""
 _SIZES = {4: 4, 6: 16}
 """Octets of an address by IP version."""
-_NOTED, _STRANGERS = 65536, 256
-"""SPIs and strangers that are noted, at most."""
+_NOTED, _STRANGERS, _ANSWERED = 16384, 256, "answered"
+"""SPIs, also as many ports, and strangers that are noted, at most; the set of these ports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +116,20 @@ class NatRelay:
         """Change the maps, then forget what was heard from places that are passed on no more."""
         gone, come = difference(there, after)
         self._table.change(gone, come)
+        over = {(name, key) for name, key in gone if (name, key) not in after}
+        ports = {key[-4:-2] for name, key in over if name.startswith("toport")}
+        if ports:
+            self._table.remove([_ANSWERED], sorted(ports))
         for version, size in _SIZES.items():
             # the place, and the gateway that its ESP was passed on to
-            ended = {
-                key[: size + 4] + there[name, key]
-                for name, key in gone
-                if name == f"esp{version}" and (name, key) not in after
-            }
+            ended = {key[: size + 4] + there[name, key] for name, key in over if name == f"esp{version}"}
             if not ended:
                 continue
             heard = [element.key for element in self._table.elements(f"heard{version}")]
-            over = [key for key in heard if key[:-4] in ended]
-            spis = {key[-4:] for key in over} - {key[-4:] for key in heard if key not in over}
-            if over:
-                self._table.remove([f"heard{version}"], over)
+            past = {key for key in heard if key[:-4] in ended}
+            spis = {key[-4:] for key in past} - {key[-4:] for key in heard if key not in past}
+            if past:
+                self._table.remove([f"heard{version}"], sorted(past))
             if spis:
                 self._table.remove([f"spis{version}"], sorted(spis))
             strange = [element.key for element in self._table.elements(f"strange{version}")]
@@ -146,12 +146,21 @@ class NatRelay:
                 if not keys:
                     continue
                 self._table.remove([name], keys)
-                heard = [element.key for element in self._table.elements(f"heard{version}")]
+                known: dict[bytes, list[bytes]] = {key[-4:]: [] for key in keys}
+                for element in self._table.elements(f"heard{version}"):
+                    if (places := known.get(element.key[-4:])) is not None:
+                        places.append(element.key)
                 for key in keys:
                     (mn, ours), spi = places_of(key), key[-4:]
-                    known = tuple(places_of(one) for one in heard if one[-4:] == spi)
-                    found.append(Stranger(mn, Endpoint(ours, self._marked), spi, known))
+                    seen = tuple(map(places_of, known[spi]))
+                    found.append(Stranger(mn, Endpoint(ours, self._marked), spi, seen))
         return found
+
+    def answered(self) -> Collection[int]:
+        """The ports to which the other gateways have sent within five minutes: they have authenticated who is
+        behind these."""
+        with self._lock:
+            return {int.from_bytes(element.key[:2]) for element in self._table.elements(_ANSWERED)}
 
     def _stands(self) -> bool:
         return self._table.rules(_PRE, _POST) == [_PRE_RULES, _POST_RULES]
@@ -172,13 +181,15 @@ class NatRelay:
                     f"timeout {timeout}; }}"
                 )
         lines += [
+            f"add set {table} {_ANSWERED} {{ typeof udp dport; flags dynamic,timeout; size {_NOTED}; "
+            "timeout 5m; }",
             # before conntrack, which must not take such a packet for a connection of its own
             f"add chain {table} {_PRE} {{ type filter hook prerouting priority -310; policy accept; }}",
             f"add chain {table} {_POST} {{ type filter hook postrouting priority 310; policy accept; }}",
             f"flush chain {table} {_PRE}",
             f"flush chain {table} {_POST}",
         ]
-        ports = f"{{ {self._plain}, {self._marked} }}"
+        ports, heeded = f"{{ {self._plain}, {self._marked} }}", f"update @{_ANSWERED} {{ udp dport }}"
         for version, head in HEADS.items():
             pre, post = (f"add rule {table} {chain}" for chain in (_PRE, _POST))
             both, source = f"{head} saddr . {head} daddr", f"{head} saddr . udp sport . {head} daddr"
@@ -207,7 +218,7 @@ class NatRelay:
                 lines += [
                     f"{pre} udp sport {ports} {test}{head} daddr set "
                     f"{head} saddr . udp dport . {head} daddr map @back{version} "
-                    f"udp dport set {head} saddr . udp dport map @toport{version} {then}{_DONE}",
+                    f"{heeded} udp dport set {head} saddr . udp dport map @toport{version} {then}{_DONE}",
                     # the port first, because the second map is asked for what is in the packet by then
                     f"{post} udp dport {ports} {test}udp sport set {source} map @port{version} "
                     f"{head} saddr set {source} map @from{version} {then}accept",

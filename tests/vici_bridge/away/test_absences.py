@@ -548,6 +548,12 @@ def test_a_relayed_node_that_roams_is_passed_on_from_there_too() -> None:
     gateway.begin()
     # its first place stays, the others are the last ones
     assert [mn for mn, _ in places(gateway)] == [str(here.remote), *map(str, there[1:])]
+    # those to which the other gateway answers stay before others
+    gateway.away.passing.answered = lambda: {rule.port for rule in row.guests[:2]}  # type: ignore[method-assign]
+    row = gateway.away.relayed(here.spis)
+    assert row is not None
+    gateway.away.roamed(row, there[0], here.local)
+    assert [mn for mn, _ in places(gateway)] == [str(here.remote), *map(str, (there[1], there[2], there[0]))]
     later = SaName(b"rekeyed1", b"rekeyed2")
     gateway.away.renamed("nsg", here.spis, here.epoch + 1, later)
     gateway.away.renamed("other", here.spis, here.epoch + 1, SaName(b"strange1", b"strange2"))

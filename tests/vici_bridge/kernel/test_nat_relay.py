@@ -86,6 +86,8 @@ def test_in_udp(line: tuple[Namespace, Namespace, Namespace], version: int) -> N
         for data in (ESP, ike(36), ike(37), ike(44)):
             assert passed(near, far, here, data) == (PSG[version], PORT)
             assert passed(far, near, (PSG[version], PORT), data) == here
+    with psg.entered():
+        assert list(relay.answered()) == [PORT]
     # an IKE_SA that begins is for this gateway, and so is what others send
     for exchange in (34, 35):
         assert passed(near, charon, here, ike(exchange))[1] == 1234
