@@ -316,7 +316,7 @@ def test_an_agent_answers_beside_its_charon(gateway_host: str, node_host: str, m
         machine = spi_update(gateway, node)
 
         async def serve() -> None:
-            with link.serving(agent, mark=mark) as requests:
+            with link.serving(agent, mark=mark) as requests, served(udp, machine):
                 event = await requests.next()
                 assert event is not None
                 heard.append(event)
@@ -324,8 +324,7 @@ def test_an_agent_answers_beside_its_charon(gateway_host: str, node_host: str, m
                 while not machine.done:
                     await asyncio.sleep(0.02)
 
-        with served(udp, machine):
-            asyncio.run(serve())
+        asyncio.run(serve())
         assert [event.source for event in heard] == [gateway]
         assert (machine.state.value, agent.report.answered) == ("renamed", 1)
         assert charon.recv(2000)[:4] == bytes(4)  # it has the request as well
@@ -341,7 +340,7 @@ def test_an_agent_may_be_busy_and_a_watcher_says_nothing() -> None:
             heard: list[Asked] = []
 
             async def serve(agent: SpiResponder = agent, machine: SpiUpdate = machine) -> None:
-                with link.serving(agent) as requests:
+                with link.serving(agent) as requests, served(udp, machine):
                     event = await requests.next()
                     assert event is not None
                     heard.append(event)  # noqa: B023
@@ -350,8 +349,7 @@ def test_an_agent_may_be_busy_and_a_watcher_says_nothing() -> None:
                     while machine.state is SpiUpdateState.WAITING and agent.answering:
                         await asyncio.sleep(0.01)
 
-            with served(udp, machine):
-                asyncio.run(serve())
+            asyncio.run(serve())
             assert len(heard) == 1
             assert machine.state.value == ("paused" if role is ResponderRole.ALL else "waiting")
 
