@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from ikectx_cli.lab import guest as lab_guest
+from ikectx_cli.lab import qemu as lab_qemu
 from ikectx_cli.lab.boot import FOLDERS, GUEST, Job, sweep
 
 pytestmark = [
@@ -36,6 +37,8 @@ BEGUN = 60.0
 def guest() -> str:
     """The guest that the lab takes where this kernel has no ESP."""
     found = lab_guest.means("real")
+    if not found.uml and not lab_qemu.kvm_works():
+        pytest.fail("an emulated machine boots in minutes; tests/uml.sh builds a UML kernel", pytrace=False)
     return lab_guest.ways("auto", Job(("true",)), replace(found, esp=False))[0]
 
 
