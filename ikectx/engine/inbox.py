@@ -356,7 +356,10 @@ class Inbox:
             return
         epochs: Epochs = yield FindEpochs(context.spis)
         wanted = self._inboxes.requests.wanted(self.peer, message.mn, context, header)
-        if wanted is None:
+        if wanted is None or (
+            # it may have been here before the store was lost, and its numbers been used
+            self._parts.config.journal != "whole" and not wanted.may_bring(message.elapsed)
+        ):
             if not (yield from self._unknown.doubted(line, None, *told)):
                 self._unknown.deny(line, message.mn, header.transfer_id)
             return

@@ -131,6 +131,10 @@ class Sighting:
     answers: bool = False
 
 
+_SLACK = 0.1
+"""Seconds by which clocks of two gateways may differ about the age of a transfer."""
+
+
 class Request:
     """One SA wanted of one peer, until it is here or is refused: what was asked, and what has come of it.
 
@@ -210,6 +214,10 @@ class Request:
             and (context.spis == self.sa if self.sa is not None else mn == self.mn)
             and self._proven(context)
         )
+
+    def may_bring(self, elapsed: int) -> bool:
+        """True if a transfer that began so many milliseconds ago can be an answer to this request."""
+        return elapsed / 1000 < self._parts.now - self._start + _SLACK
 
     def _proven(self, context: IkeContext) -> bool:
         """True if the context is of the mobile node that asked, because others may ask for the same SA at the

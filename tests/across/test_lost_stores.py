@@ -11,6 +11,7 @@ import pytest
 
 from ikectx.engine import transfers
 from ikectx.engine.arrivals import Arrivals
+from ikectx.engine.requests import Request
 from ikectx.engine.unknown_transfers import UnknownTransfers
 from tests.engine_seeds import some, tried
 from tests.forgetful_world import Forgetful
@@ -28,6 +29,8 @@ TAKEN = (13552, 24448)
 """An old copy says that an SA left which is coming back: it is cleared away, and taken back where it was."""
 BUSY = 22383
 """One in which a gateway asks for the SA again, and is sent it by a transfer from before the loss."""
+SENT = 39355
+"""The same, after the gateway had served the SA in that transfer and undone it."""
 THAWED = 630
 """One in which the copy is from the middle of a freeze."""
 
@@ -81,6 +84,12 @@ def test_nobody_is_refused_what_another_transfer_brings(seed: int, monkeypatch: 
 @pytest.mark.parametrize("seed", TAKEN)
 def test_what_an_old_copy_has_let_go_is_cleared_away(seed: int) -> None:
     assert tried(seed, "lost-stores") == ""
+
+
+def test_a_transfer_from_before_the_loss_answers_no_new_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(SENT, "lost-stores") == ""
+    monkeypatch.setattr(Request, "may_bring", lambda *_: True)
+    assert "one IV twice" in tried(SENT, "lost-stores")
 
 
 def test_a_freeze_of_which_an_old_copy_tells_is_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
