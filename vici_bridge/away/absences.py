@@ -19,6 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from ipaddress import ip_network
 
 from ikectx.engine.ports import Store
@@ -593,7 +594,13 @@ def _networks(texts: Iterable[str]) -> list[Network]:
     found: list[Network] = []
     for text in texts:
         try:
-            found.append(ip_network(text.split("[", 1)[0].split("|", 1)[0]))
+            found.append(_network(text))
         except ValueError:
             continue
     return found
+
+
+@lru_cache(maxsize=1 << 16)
+def _network(text: str) -> Network:
+    """Cached, because each SA has them several times. Errors: ValueError."""
+    return ip_network(text.split("[", 1)[0].split("|", 1)[0])

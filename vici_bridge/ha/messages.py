@@ -173,8 +173,9 @@ def _read_host(reader: Reader, name: str) -> Endpoint:
 
 
 def _write_host(value: Endpoint, name: str) -> bytes:
-    family = _AF_INET if value.address.version == 4 else _AF_INET6
-    return _u16(value.port, name) + family.to_bytes() + value.address.packed
+    octets = value.address.packed
+    family = _AF_INET if len(octets) == 4 else _AF_INET6
+    return _u16(value.port, name) + bytes((family,)) + octets
 
 
 def _read_selector(reader: Reader, name: str) -> TrafficSelector:
@@ -309,9 +310,9 @@ TABLE_A: Table = MappingProxyType(
 TABLES: Mapping[int, Table] = MappingProxyType({3: TABLE_A, 4: TABLE_B, 5: TABLE_B})
 """Wire version to attribute table; other versions are refused."""
 
-_NUMBERS: Mapping[int, Mapping[Attr, tuple[int, Body]]] = MappingProxyType(
+_NUMBERS: Mapping[int, Mapping[Attr, tuple[bytes, Body]]] = MappingProxyType(
     {
-        version: MappingProxyType({attr: (number, body) for number, (attr, body) in table.items()})
+        version: MappingProxyType({attr: (number.to_bytes(), body) for number, (attr, body) in table.items()})
         for version, table in TABLES.items()
     }
 )
@@ -359,8 +360,7 @@ class HaMessage:
         parts = [_u8(self.version, "version"), _u8(self.type, "type")]
         for attr, value in self.attributes:
             number, body = numbers[attr]
-            parts.append(number.to_bytes())
-            parts.append(body.write(value, attr._name_))  # `name` is a function of Enum's
+            parts += number, body.write(value, attr._name_)  # `name` is a function of Enum's
         octets = b"".join(parts)
         if len(octets) > limit:
             raise WireError(f"HA message of {len(octets)} octets, charon reads at most {limit}")

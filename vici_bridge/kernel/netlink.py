@@ -127,8 +127,8 @@ class Netlink:
         Errors: KernelError if the kernel cannot be asked at all.
         """
         outcomes: list[NetlinkOutcome] = []
-        with self._lock, trace.span(f"netlink {self._name}", "call"):
-            for start in range(0, len(requests), _BATCH):
+        for start in range(0, len(requests), _BATCH):
+            with self._lock, trace.span(f"netlink {self._name}", "call"):
                 outcomes += self._exchange(requests[start : start + _BATCH])
         return outcomes
 

@@ -209,6 +209,24 @@ def test_counters_are_read_back(
         kernel.set_replay(sa, state)
 
 
+def test_both_sas_of_a_child_are_read_and_written_in_one_datagram_each(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xfrm, datagrams = Answering(INBOUND), list[int]()
+    transact = xfrm.transact
+
+    def counted(requests: Sequence[XfrmRequest]) -> list[netlink.NetlinkOutcome]:
+        datagrams.append(len(requests))
+        return transact(requests)
+
+    monkeypatch.setattr(xfrm, "transact", counted)
+    monkeypatch.setattr(kernel, "_xfrm", xfrm)
+    pair = kernel.get_sas([(INBOUND.destination, INBOUND.spi), (INBOUND.source, INBOUND.spi)])
+    assert datagrams == [2] and pair[0] is not None and pair[0].replay.seq == 9
+    kernel.set_replays([(pair[0], ReplayState(40, 32, 5), False), (pair[0], ReplayState(41, 32, 7), False)])
+    assert datagrams == [2, 4], "each is read back"
+
+
 def test_an_sa_that_cannot_be_read_hides_no_other(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
