@@ -346,6 +346,9 @@ class Arrivals:
             key[:] = [tokens.token_key(context.current, message.sequence)]
             self._verify(key[0], arrival, Purpose.ANNOUNCE)
             yield from self._used.check(sa, message.sequence, Purpose.ANNOUNCE)
+            if (yield from self._used.noted(sa, message.sequence, Purpose.ARRIVE)):
+                # a late copy: the new gateway would take what it held then, behind its refusal of the arrival
+                raise TokenError("its mobile node has arrived elsewhere since it announced that")
 
         def allowed(context: IkeContext) -> Steps[None]:
             yield from proven(context)

@@ -73,6 +73,11 @@ class UsedTokens:
         if began is not None and began.result not in ("kept", "refused"):
             raise TokenError("the token was used before")
 
+    def noted(self, sa: SaName, sequence: int, purpose: int) -> Steps[bool]:
+        """Whether a transfer has begun with that token, whatever became of it. Errors: StoreError."""
+        used: bytes | None = yield Get(self.KIND, _token_name(sa, sequence, purpose))
+        return used is not None
+
     def use(self, sa: SaName, sequence: int, purpose: int, until: float, transfer_id: bytes) -> Steps[None]:
         """Note the token as used for that transfer. Errors: TokenError if another has used it; StoreError."""
         now = self._parts.scheduler.unix

@@ -24,6 +24,25 @@ from tests.worlds import world
 # -- copies ----------------------------------------------------------------------------------------------
 
 
+def test_an_announcement_that_comes_behind_the_arrival_is_none() -> None:
+    """It would be held at nSG, which would take the SA for a copy of the arrival that it has refused."""
+
+    async def scenario() -> None:
+        async with world() as w:
+            mn = serve(w, a_context())
+            w.b.daemon.fail["take"] = [CharonError("no")]
+            here, there = mn.arrive()
+            refusal = await w.b.agent.ctar(here, there)
+            assert mn.says(refusal) is Status.CHARON
+            await w.quiet()
+            assert await w.a.agent.ctar(*mn.announce()) is None
+            assert await w.b.agent.ctar(here, there) == refusal
+            await w.quiet()
+            assert w.owner(mn.sa) == "a"
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_retransmission_gets_the_same_answer_and_begins_nothing(announced: bool) -> None:
     async def scenario() -> None:

@@ -19,7 +19,7 @@ BAD = Weather(cut=0.05, fail=0.03, slow=0.03, loss=0.0, crashes=2, full=0.02, ju
 WEATHERS = {
     "fine": (CALM, Air()),
     "lossy": (CALM, Air(loss=0.25, duplicate=0.2, delay=3.0)),
-    "awful": (BAD, Air(loss=0.4, duplicate=0.4, delay=5.0)),
+    "awful": (BAD, Air(loss=0.4, duplicate=0.4, delay=12.0)),
     "crashes": (BAD, Air(loss=0.15, duplicate=0.1, delay=2.0)),
     "attacked": (CALM, Air(loss=0.1, duplicate=0.1, delay=1.0, attack=0.7)),
     "loaded": (CALM, Air(loss=0.1, duplicate=0.2, delay=1.0, attack=0.4, load=1.0)),
