@@ -87,7 +87,7 @@ HOOK_PATIENCE = 5.0
 def run(config: Config) -> int:
     """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
     socket = Path(config.control.socket)
-    mark = socket.with_name(socket.name.removesuffix(".sock") + ".mark")  # each socket has its own
+    mark = socket.with_name(socket.name.removesuffix(".vici") + ".mark")  # each socket has its own
     return service.run(config.state_dir, lambda store: Agent(config, store), config.state_key, mark)
 
 

@@ -18,6 +18,7 @@ from ikectx.disk.place import open_store
 from ikectx.disk.store import SqliteStore, opens
 from ikectx.errors import ConfigError, KernelError, UsageError
 from ikectx_cli import agent, service
+from ikectx_cli.config import DEFAULT_SOCKET
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> No
 def test_each_socket_has_a_mark_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     marks = []
     monkeypatch.setattr(service, "run", lambda *given: marks.append(given[-1]))
-    for socket_path in ("/run/ikectx.sock", "/run/gw.a", "/run/gw.b"):
+    for socket_path in (DEFAULT_SOCKET, "/run/gw.a", "/run/gw.b"):
         config = SimpleNamespace(control=SimpleNamespace(socket=socket_path), state_dir=None, state_key=None)
         agent.run(config)  # type: ignore[arg-type]
     assert list(map(str, marks)) == ["/run/ikectx.mark", "/run/gw.a.mark", "/run/gw.b.mark"]
