@@ -19,7 +19,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from ipaddress import ip_network
 
 from ikectx.engine.ports import Store
@@ -32,7 +31,7 @@ from vici_bridge.kernel.nat_relay import NatRelay
 from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.xfrm import BLOCK, KernelPolicy
 from vici_bridge.kernel.xfrm_parts import Network
-from vici_bridge.vici.views import SaView, prefixes
+from vici_bridge.vici.views import prefixes
 
 from .behind import Behind
 from .departures import (
@@ -47,12 +46,11 @@ from .departures import (
     detourable,
     within,
 )
+from .pairs import Pair, networks
 from .passing import Passing
 
 log = logging.getLogger(__name__)
 
-Pair = tuple[Sequence[Network], Sequence[Network]]
-"""The networks of this side and of the mobile node, of one CHILD_SA."""
 Ways = dict[tuple[str, int], int]
 """Devices by gateway and IP version, 0: there is no way."""
 _LETTING_GO = (Stage.LEAVING, Stage.HANDED)
@@ -488,7 +486,7 @@ class Away:
     def _rows_of(self, context: IkeContext) -> list[Departure]:
         """The departures that have an address of the SA."""
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
-        used: list[Pair] = [((), _networks(remote))]
+        used: list[Pair] = [((), networks(remote))]
         who = str(context.remote_id)
         candidates = self._candidates(who, remote)
         own = self._rows.get(context.spis.key)
@@ -573,34 +571,3 @@ class Away:
                 self._detour.add(texts, via, inside)
             except KernelError as error:
                 log.warning("packets for %s are not sent on: %s", ", ".join(texts[:3]), error)
-
-
-def pairs_of(context: IkeContext) -> list[Pair]:
-    """The networks of both sides, for each CHILD_SA."""
-    return [
-        (_networks(prefixes(child.local_ts)), _networks(prefixes(child.remote_ts)))
-        for child in context.children
-    ]
-
-
-def pairs_in(view: SaView) -> list[Pair]:
-    """The same, from charon's listing."""
-    installed = [child for child in view.children if child.state == "INSTALLED"]
-    return [(_networks(child.local_ts), _networks(child.remote_ts)) for child in installed]
-
-
-def _networks(texts: Iterable[str]) -> list[Network]:
-    """Of prefixes, or of selectors as VICI writes them; ranges that are no prefix are left out."""
-    found: list[Network] = []
-    for text in texts:
-        try:
-            found.append(_network(text))
-        except ValueError:
-            continue
-    return found
-
-
-@lru_cache(maxsize=1 << 16)
-def _network(text: str) -> Network:
-    """Cached, because each SA has them several times. Errors: ValueError."""
-    return ip_network(text.split("[", 1)[0].split("|", 1)[0])

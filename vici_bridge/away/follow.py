@@ -14,9 +14,10 @@ from ikectx.wire.whereabouts import What, Whereabouts, spis_in
 from vici_bridge.ha.record import ChildAdded, Deleted, Record, RecordChange, Rekeyed, Updated
 from vici_bridge.vici.views import SaView
 
-from .absences import Away, pairs_in, pairs_of
+from .absences import Away
 from .departures import News, Stage, within
 from .origins import Origin, Origins
+from .pairs import pairs_in, pairs_of
 from .passing import plain_spis
 
 log = logging.getLogger(__name__)

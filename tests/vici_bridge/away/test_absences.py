@@ -18,8 +18,9 @@ from tests.kernel_tables import KernelTables
 from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.vici_bridge.vici.test_views import context, selector
 from vici_bridge.away import passing as relays
-from vici_bridge.away.absences import GUESTS, KIND, Away, pairs_of
+from vici_bridge.away.absences import GUESTS, KIND, Away
 from vici_bridge.away.departures import OURS, News, Stage
+from vici_bridge.away.pairs import pairs_of
 from vici_bridge.away.passing import rule_for
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, Selector, Template
 

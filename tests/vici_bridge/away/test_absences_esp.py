@@ -20,8 +20,9 @@ from ikectx.sa.context import IkeContext
 from tests.netns import Namespace, namespaces
 from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.vici_bridge.vici.test_views import context, selector
-from vici_bridge.away.absences import Away, pairs_of
+from vici_bridge.away.absences import Away
 from vici_bridge.away.departures import OURS
+from vici_bridge.away.pairs import pairs_of
 from vici_bridge.kernel.detour import Detour
 from vici_bridge.kernel.kernel import Kernel
 from vici_bridge.kernel.kernel_events import changes_of_ways

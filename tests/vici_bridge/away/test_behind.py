@@ -10,8 +10,8 @@ import pytest
 from ikectx.errors import KernelError
 from tests.vici_bridge.away.test_absences import IN, MN, OUT, Gateway
 from tests.vici_bridge.vici.test_views import context
-from vici_bridge.away.absences import pairs_of
 from vici_bridge.away.behind import BEHIND, KIND, Behind
+from vici_bridge.away.pairs import pairs_of
 from vici_bridge.kernel.xfrm import Mark
 
 HERE = context()
