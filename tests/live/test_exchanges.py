@@ -29,7 +29,7 @@ from ikectx.sa.context import (
     TrafficSelector,
 )
 from ikectx.sa.keys import child_keys, iv_length, sk_keys
-from mobike_ext.address_update import AddressNotice
+from mobike_ext.address_update import AddressNotice, Condition
 from mobike_ext.link import ask_rekey, end_rekey, run_spi_update
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
 from mobike_ext.requester import SaEnd
@@ -101,7 +101,10 @@ class Agent:
             renames,
             iv=secrets.token_bytes(iv_length(self.generation.encr)),
             fresh=secrets.token_bytes(FRESH_OCTETS),
-            **({"address": AddressNotice(secrets.token_bytes(16))} | options),
+            **(
+                {"address": AddressNotice(secrets.token_bytes(16), Condition.NAT_ANY | Condition.NAT_THERE)}
+                | options
+            ),
         )
         report = asyncio.run(run_spi_update(machine, mark=MARK))
         self._ran(report.move)

@@ -26,7 +26,7 @@ import pytest
 from ikectx.numbers import Protocol
 from ikectx.sa.context import Endpoint
 from ikectx_cli.lab.net import OUTER
-from mobike_ext.address_update import AddressNotice
+from mobike_ext.address_update import AddressNotice, Condition
 from mobike_ext.link import run_spi_update
 from mobike_ext.naming import ask, ask_peer
 from mobike_ext.requester import SaEnd
@@ -182,7 +182,7 @@ def test_a_gateway_that_asks_by_ike_during_a_handover(mobile: World, ike: bool) 
         asks,
         iv=secrets.token_bytes(64),
         fresh=secrets.token_bytes(512),
-        address=AddressNotice(secrets.token_bytes(16)),
+        address=AddressNotice(secrets.token_bytes(16), Condition.NAT_ANY | Condition.NAT_THERE),
     )
     mobile.lab.stop("nsg", "agent")
     try:
