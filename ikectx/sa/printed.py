@@ -7,6 +7,7 @@ form, of printable ASCII only; two may have the same one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from ipaddress import ip_address
 
 from ikectx.numbers import IdType
@@ -59,8 +60,10 @@ RDN_NAMES = {
 """The names by which strongSwan prints the attribute types of a DN."""
 
 
+@lru_cache(maxsize=256)
 def printed(kind: int, data: bytes) -> str:
-    """The identity of that type (RFC 7296, 3.5) as strongSwan prints it."""
+    """The identity of that type (RFC 7296, 3.5) as strongSwan prints it. Cached, because that of an SA that
+    moves is asked for dozens of times."""
     if kind == IdType.ANY:
         text = "%any"
     elif kind in (IdType.FQDN, IdType.RFC822_ADDR, _URI):

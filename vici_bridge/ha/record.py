@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from ikectx.errors import RefusedError, StoreError, UnknownSaError, WireError
 from ikectx.numbers import Protocol, Status
-from ikectx.sa.context import Endpoint, Identity, IkeContext
+from ikectx.sa.context import Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire import cbor
 
@@ -142,8 +142,8 @@ class Record:
         self._sas: dict[SaName, SaState] = {}
         self._heirs: dict[SaName, set[SaName]] = {}
         """For an old IKE_SA those that have keys to replace it and are not up."""
-        self._ends: dict[Identity, set[SaName]] = {}
-        """The IKE_SAs by the identity of their other end."""
+        self._ends: dict[str, set[SaName]] = {}
+        """The IKE_SAs by the identity of their other end, as it is printed."""
         self._born: dict[SaName, int] = {}
         self._count = 0
         self._frozen: dict[SaName, tuple[SaState, list[bytes]]] = {}
@@ -286,7 +286,7 @@ class Record:
         if sa.replaces is not None:
             self._heirs.setdefault(sa.replaces, set()).add(name)
         if sa.remote_id is not None:
-            self._ends.setdefault(sa.remote_id, set()).add(name)
+            self._ends.setdefault(str(sa.remote_id), set()).add(name)
         self._sas[name] = sa
 
     def _drop(self, name: SaName) -> None:
@@ -302,7 +302,7 @@ class Record:
         if known.replaces is not None:
             _discard(self._heirs, known.replaces, name)
         if known.remote_id is not None:
-            _discard(self._ends, known.remote_id, name)
+            _discard(self._ends, str(known.remote_id), name)
 
     def _successors(self, name: SaName) -> tuple[SaName, ...]:
         return tuple(self._heirs.get(name, ()))
@@ -311,21 +311,26 @@ class Record:
 
     def names(self) -> tuple[SaName, ...]:
         """The IKE_SAs that are up."""
-        return tuple(name for name, sa in self._sas.items() if sa.connection is not None and not sa.leaving)
+        return tuple(filter(self._is_up, self._sas))
+
+    def _is_up(self, name: SaName) -> bool:
+        sa = self._sas[name]
+        return sa.connection is not None and not sa.leaving
 
     def of(self, mn: str) -> tuple[SaName, ...]:
         """The IKE_SAs that are up and whose other end has this identity, as it is printed."""
-        return tuple(name for name in self.names() if str(self._sas[name].remote_id) == mn)
+        return tuple(filter(self._is_up, sorted(self._ends.get(mn, ()))))
 
     def alike(self, name: SaName) -> list[SaName]:
         """Other IKE_SAs with the same other end and a CHILD_SA of the same selectors."""
         sa = self._sas[name]
         mine = {(child.local_ts, child.remote_ts) for child in sa.children}
-        others = self._ends.get(sa.remote_id, set()) if sa.remote_id is not None else set()
+        others = self._ends.get(str(sa.remote_id), set()) if sa.remote_id is not None else set()
         return [
             other
             for other in others
             if other != name
+            and self._sas[other].remote_id == sa.remote_id
             and any((child.local_ts, child.remote_ts) in mine for child in self._sas[other].children)
         ]
 

@@ -9,7 +9,8 @@ import pytest
 
 from ikectx.errors import CharonError
 from ikectx.numbers import Prf, Status
-from ikectx.sa.context import Secret
+from ikectx.sa.context import Identity, Secret
+from ikectx.sa.name import SaName
 from tests.record_world import CONTEXT, G1, G2, G3, I1, I2, NSG, VIP, child
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import import_messages, undo_messages
@@ -30,6 +31,19 @@ def test_import_and_record_are_inverse(version: int) -> None:
     assert not [change for change in changes if isinstance(change, Ignored)]
     assert record.names() == (context.spis,)
     assert record.context(context.spis) == context
+
+
+def test_sas_are_found_by_their_other_end_without_looking_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record()
+    shown: list[Identity] = []
+    others = [replace(CONTEXT.remote_id, data=f"n{number}.example".encode()) for number in range(50)]
+    for number, identity in enumerate([CONTEXT.remote_id, *others]):
+        latest = replace(CONTEXT.current, spi_r=number.to_bytes(8))
+        record.learn(replace(CONTEXT, generations=(latest,), children=(), remote_id=identity), 5)
+    show = Identity.__str__
+    monkeypatch.setattr(Identity, "__str__", lambda identity: shown.append(identity) or show(identity))  # type: ignore[func-returns-value]
+    assert record.of("n7.example") == (SaName(CONTEXT.current.spi_i, (8).to_bytes(8)),)
+    assert record.of("nobody.example") == () and shown == []
 
 
 def test_import_order() -> None:
