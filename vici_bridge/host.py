@@ -50,7 +50,7 @@ from vici_bridge.ha.record import (
 from vici_bridge.ha.sockets import HaSocket, Unconfirmed
 from vici_bridge.ha.version import HaVersion
 from vici_bridge.kernel.kernel import Detour, Kernel, LatePackets, Mute
-from vici_bridge.kernel.kernel_events import KernelEvents, changes_of_ways
+from vici_bridge.kernel.kernel_events import KernelEvents, changes_of_ways, flushes_of_policies
 from vici_bridge.kernel.nat_relay import NatRelay
 from vici_bridge.kernel.rewrite import Rewrite
 from vici_bridge.kernel.xfrm import KernelSa
@@ -135,7 +135,7 @@ class CharonHost:
         )
         self.origins = Origins(store)
         self.reloads = Reloads(self.mute, self.doubts, self.away.passing, self.spawn)
-        self._routes: KernelEvents | None = None
+        self._events: list[KernelEvents] = []
         self.record = Record()
         self.heard = LastHeard(self.record)
         self.agents = KnownAgents(config, store)
@@ -176,7 +176,9 @@ class CharonHost:
         self.away.load()
         self.origins.load()
         if not self.config.mobile_node:
-            self._routes = changes_of_ways(self.detour.port, self.away.look_again)
+            self._events.append(changes_of_ways(self.detour.port, self.away.look_again))
+            if self.kernel is not None:
+                self._events.append(flushes_of_policies(self._flushed))
         await self._ha.open()
         try:
             if not self.config.mobile_node:
@@ -198,6 +200,10 @@ class CharonHost:
         self.spawn(self.traps.watch())
         self.spawn(DueRekeys(self.deadlines, self.fresh, self.views, self._rekey).watch())
 
+    def _flushed(self) -> None:
+        log.warning("somebody removed all IPsec policies (a flush?): this agent's are back, charon's are not")
+        self.away.restore()
+
     async def close(self) -> None:
         """Stop listening and save. SAs, freezes and policies stay as they are."""
         self._closing = True
@@ -206,8 +212,8 @@ class CharonHost:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._ha.close()
         self.reloads.close()
-        if self._routes is not None:
-            self._routes.close()
+        for events in self._events:
+            events.close()
         self.save()
         if self._saving is not None:
             self._saving.cancel()

@@ -1,9 +1,10 @@
 """Events of the kernel after which what the agent put there may be gone. I/O.
 
 A reloaded firewall flushes our tables. A device that goes down removes its routes, and nobody restores ours;
-systemd-networkd removes routes that it does not know when it starts (ManageForeignRoutes).
+systemd-networkd removes routes that it does not know when it starts (ManageForeignRoutes). `ip xfrm policy
+flush` removes the policies that block packets of SAs that left.
 
-Source: linux/netlink.h, rtnetlink.h, netfilter/nf_tables.h, nfnetlink.h (uapi).
+Source: linux/netlink.h, rtnetlink.h, xfrm.h, netfilter/nf_tables.h, nfnetlink.h (uapi).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import struct
 from collections.abc import Callable, Collection
 
 from ikectx.errors import KernelError
+from mobike_ext import bpf
 
 from .detour import PROTOCOL
-from .netlink import NETFILTER, ROUTE, event_socket
+from .netlink import NETFILTER, ROUTE, XFRM, event_socket
 from .netlink_parts import HEADER, messages
 
 _NFTABLES = (7,)
@@ -84,6 +86,22 @@ def changes_ways(data: bytes, own: int) -> bool:
     )
 
 
+_POLICIES = (4,)
+"""XFRMNLGRP_POLICY."""
+_FLUSHPOLICY = 0x1D
+_POLICIES_SOON = 0.02
+_ONLY_FLUSHES = bpf.assemble(
+    [
+        (bpf.LDH, 4),
+        (bpf.JEQ, int.from_bytes(struct.pack("=H", _FLUSHPOLICY)), "", "other"),
+        (bpf.RET, 0xFFFFFFFF),
+        "other",
+        (bpf.RET, 0),
+    ]
+)
+"""Each move changes policies, and the agent does not read all these events."""
+
+
 class KernelEvents:
     """The events in the network namespace that this object was made in, from now on."""
 
@@ -105,6 +123,11 @@ class KernelEvents:
         self._pending: asyncio.TimerHandle | None = None
         self._events = event_socket(family, groups, "changes of the kernel's tables")
         asyncio.get_running_loop().add_reader(self._events, self._readable)
+
+    def narrow(self, program: list[bpf.Instruction]) -> None:
+        """From now on the kernel gives us only datagrams that pass this filter, if it can."""
+        with contextlib.suppress(OSError):
+            bpf.attach(self._events, program)
 
     def close(self) -> None:
         """Stop watching."""
@@ -149,3 +172,14 @@ def changes_of_addresses(changed: Callable[[], None]) -> KernelEvents:
     """`changed` after changes of addresses and routes, at once, because a handover waits for it. Errors:
     KernelError."""
     return KernelEvents(ROUTE, _ADDRESSES, lambda data: True, changed, 0.0)
+
+
+def flushes_of_policies(changed: Callable[[], None]) -> KernelEvents:
+    """`changed` after somebody has removed all IPsec policies. Errors: KernelError."""
+
+    def flush(data: bytes) -> bool:
+        return any(kind == _FLUSHPOLICY for kind, _, _ in _messages(data) or ())
+
+    events = KernelEvents(XFRM, _POLICIES, flush, changed, _POLICIES_SOON)
+    events.narrow(_ONLY_FLUSHES)
+    return events

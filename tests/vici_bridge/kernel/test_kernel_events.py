@@ -15,7 +15,13 @@ import pytest
 from tests.hand_loop import StandingLoop, run_standing
 from tests.netns import namespaces
 from vici_bridge.kernel.detour import PROTOCOL, TABLE, Detour
-from vici_bridge.kernel.kernel_events import changes_of_ways, changes_ways, removes_table, table_removals
+from vici_bridge.kernel.kernel_events import (
+    changes_of_ways,
+    changes_ways,
+    flushes_of_policies,
+    removes_table,
+    table_removals,
+)
 from vici_bridge.kernel.nftables import run_nft
 
 
@@ -178,3 +184,32 @@ def test_charon_is_made_to_look_at_its_ways(version: int) -> None:
         assert not detour.is_here(ip_address(far))
         detour.stir(ip_address("198.51.100.1" if version == 4 else "2001:db8:9::1"))  # no way leads there
         detour.close()
+
+
+def test_a_flush_of_policies_is_told_and_no_other_change() -> None:
+    with namespaces(1) as (space,), space.entered():
+        seen: list[int] = []
+
+        async def scenario(loop: StandingLoop) -> None:
+            events = flushes_of_policies(lambda: seen.append(1))
+
+            async def told() -> int:
+                while select.select([events._events], [], [], 0)[0]:
+                    await asyncio.sleep(0)
+                loop.now += 0.1
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                return len(seen)
+
+            policy = "src 10.1.0.0/24 dst 10.2.0.0/24 dir out"
+            try:
+                space.run(f"ip xfrm policy add {policy} action block", f"ip xfrm policy delete {policy}")
+                space.run(f"ip xfrm policy add {policy} action block")
+                assert not select.select([events._events], [], [], 0)[0]
+                assert await told() == 0
+                space.run("ip xfrm policy flush")
+                assert await told() == 1
+            finally:
+                events.close()
+
+        run_standing(scenario)
