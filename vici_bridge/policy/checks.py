@@ -200,12 +200,17 @@ def check_numbers(context: IkeContext, jump: int) -> Iterator[Verdict]:
 def check_vips(context: IkeContext, views: Iterable[SaView], pools: Mapping[str, View]) -> Iterator[Verdict]:
     """Virtual IPs of the MN: not used by an SA, not leased to somebody else by a pool."""
     used = {vip: view for view in views for vip in view.remote_vips}
-    for vip in context.remote_vips:
-        if vip in used:
-            yield Verdict(
-                Fpt.IKEV2_SA, Status.VIP_IN_USE, f"virtual IP {vip} is used by {used[vip].remote_id}"
-            )
     own = {str(context.remote_id), str(context.remote_eap_id or "")}
+    for vip in context.remote_vips:
+        view = used.get(vip)
+        if view is not None:
+            text = f"virtual IP {vip} is used by {view.remote_id}"
+            if view.remote_id in own:
+                text += (
+                    f", in its IKE_SA #{view.unique_id} from before it connected anew: dead peer detection "
+                    "(dpd_delay) ends that, or `swanctl --terminate --ike-id`"
+                )
+            yield Verdict(Fpt.IKEV2_SA, Status.VIP_IN_USE, text)
     wanted = {str(vip) for vip in context.remote_vips}
     for name, pool in pools.items():
         for lease in _leases(pool):

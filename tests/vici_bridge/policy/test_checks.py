@@ -151,6 +151,8 @@ def test_virtual_ips_used_or_leased() -> None:
     here = context()
     user = replace(OTHER, remote_vips=(ip_address("10.4.0.10"),))
     assert statuses(check_vips(here, [user], {})) == [Status.VIP_IN_USE]
+    [before] = check_vips(here, [replace(user, remote_id=str(here.remote_id))], {})
+    assert f"IKE_SA #{user.unique_id} from before it connected anew" in before.detail
     lease = {"leases": {"0": {"address": "10.4.0.10", "identity": "somebody", "status": "online"}}}
     assert statuses(check_vips(here, [], {"pool": lease})) == [Status.VIP_IN_USE]
     own = {"leases": {"0": {"address": "10.4.0.10", "identity": "mn@example.org", "status": "online"}}}
