@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -320,22 +319,34 @@ def row_of(octets: bytes) -> None:
             assert ledger.loads(role, ledger.dumps(row)) == row
 
 
+def column(octets: bytes) -> object:
+    """What SQLite may have in a column: text, unless the first octet says otherwise."""
+    match octets[:1]:
+        case b"n":
+            return None
+        case b"x":
+            return octets[1:]
+        case b"i":
+            return int.from_bytes(octets[1:9], signed=True)
+        case b"f":
+            return struct.unpack("=d", octets[1:9].ljust(8, b"\0"))[0]
+        case _:
+            return octets[1:].decode("utf-8", "replace")
+
+
 def journal_row_of(octets: bytes) -> None:
-    """The columns of a row of the journal, as JSON; octets in hexadecimal."""
-    try:
-        row = [bytes.fromhex(one[1:]) if str(one)[:1] == "x" else one for one in json.loads(octets)]
-    except (ValueError, TypeError, RecursionError):
-        return
-    with contextlib.suppress(StoreError, ValueError, TypeError, RecursionError):  # as `SqliteStore` does
-        journal_rows.parse(tuple(row), None)
+    """The columns of a row of the journal, with a bar between them."""
+    row = tuple(map(column, octets.split(b"|")))
+    if len(row) == len(JOURNAL_ROW):
+        with contextlib.suppress(StoreError, ValueError, TypeError, RecursionError):  # as `SqliteStore` does
+            journal_rows.parse(row, None)
 
 
-JOURNAL_ROW = json.dumps(
-    [
-        *("x" + "07" * 8, "source", "nsg", "x" + "01" * 8, "x" + "02" * 8, "mn", "198.51.100.7", "released"),
-        *(1, None, None, 1.5, 2.5, "", "", 0, '{"freeze": 1.5}', "{}"),
-    ]
-).encode()
+JOURNAL_ROW = (
+    *(b"x" + bytes(8), b"ssource", b"snsg", b"x" + bytes(8), b"x" + bytes(8), b"smn", b"s198.51.100.7"),
+    *(b"sreleased", b"i\1", b"n", b"n", b"f" + bytes(8), b"f" + bytes(8), b"s", b"s", b"i\0"),
+    *(b's{"freeze": 1.5}', b"s{}"),
+)
 
 
 def record_of(octets: bytes) -> None:
@@ -393,7 +404,7 @@ TARGETS = {
     "netlink nftables event": Target(
         lambda octets: kernel_events.removes_table(octets, ("ikectx",), (7,)), (removal(), removal() * 2), ()
     ),
-    "journal row": Target(journal_row_of, (JOURNAL_ROW,), ()),
+    "journal row": Target(journal_row_of, (b"|".join(JOURNAL_ROW),), ()),
     "ledger row": Target(row_of, tuple(ledger.dumps(row) for row in ROWS.values()), ()),
     "record of an SA": Target(record_of, (KEPT_SA,), (StoreError,)),
     **{f"note: {name}": Target(read, (good,), (StoreError,)) for name, (good, read) in NOTES.items()},
