@@ -127,7 +127,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self._tries = 0
         self._trouble: IkectxError | None = None
         self._doubts: Timer | None = None
-        self._sent = 0.0
+        self._sent: float | None = None
+        """When the first message of this transfer was sent, also by an agent before this one."""
         self._do: Mapping[SourceAction, Callable[[], Steps[SourceInput | None]]] = {
             SourceAction.SEND_PCTD: self._send_pctd,
             SourceAction.SEND_CTD: self._send_ctd,
@@ -157,6 +158,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             entry=entry,
         )
         run.context = context
+        run._sent = parts.now - max(0.0, parts.scheduler.unix - entry.started)
         return run
 
     @property
@@ -277,7 +279,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     def _elapsed(self) -> int:
         """The field of PCTD and CTD: milliseconds since the first message of this transfer."""
         now = self.parts.now
-        if not self._sent:
+        if self._sent is None:
             self._sent = now
         return min(0xFFFFFFFF, round((now - self._sent) * 1000))
 

@@ -167,6 +167,27 @@ def test_a_step_that_hangs_is_ended() -> None:
     run(scenario())
 
 
+def test_an_agent_that_starts_says_how_old_its_transfer_is() -> None:
+    """By that a gateway whose store was lost tells whether it may have had the SA by it before."""
+
+    async def scenario() -> None:
+        async with world() as w:
+            w.network.fate = losing(Ctd)
+            sa = w.a.daemon.serve(a_context())
+            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
+            await until(lambda: any(isinstance(message, Ctd) for message in w.network.seen))
+            await w.a.kill()
+            await asyncio.gather(moving, return_exceptions=True)
+            w.network.seen.clear()
+            await asyncio.sleep(2.0)
+            await w.a.start()
+            await until(lambda: any(isinstance(message, Ctd) for message in w.network.seen))
+            (again, *_) = (message for message in w.network.seen if isinstance(message, Ctd))
+            assert 2000 <= again.elapsed < 3000
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("state", ["offered", "freezing", "released", "thawing", "cleaning", "done"])
 def test_a_source_that_cannot_journal_does_not_let_go(state: str) -> None:
     async def scenario() -> None:
