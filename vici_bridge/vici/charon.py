@@ -382,7 +382,7 @@ class Charon:
     async def _watch(self, changed: Callable[[bool], None], moves: Callable[[Message], None] | None) -> None:
         failures = 0
         while True:
-            with contextlib.suppress(CharonError, WireError):
+            with contextlib.suppress(CharonError, WireError, ConnectionResetError):
                 connection = await self._came()
                 failures = 0
                 try:
@@ -392,7 +392,9 @@ class Charon:
                     changed(True)
                     with contextlib.suppress(ConnectionResetError, WireError):
                         while moves is not None:
-                            moves(parse_message((await connection.receive()).body, foreign=True))
+                            packet = await connection.receive()
+                            with contextlib.suppress(WireError):  # one event that cannot be read
+                                moves(parse_message(packet.body, foreign=True))
                     await connection.ended
                 finally:
                     connection.close()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ikectx.errors import CharonError, WireError
+from tests.hand_loop import run_bounded as run
 from tests.vici_bridge.vici.test_client import StandIn, like_charon, response
 from vici_bridge.vici.charon import MOMENT, MOST, Charon
 from vici_bridge.vici.codec import Packet, PacketType, parse_message, serialize_message
@@ -262,13 +263,33 @@ def test_charon_tells_of_new_addresses_and_of_nothing_else(telling: tuple[Tellin
         await soon(lambda: states == [True])
         assert (PacketType.EVENT_REGISTER, "ike-update") in answers.heard
         event = {"remote-host": "192.0.2.9", "mn": {"uniqueid": "1"}}
-        stand_in.conns[-1].sendall(_events("ike-update", [event, event]))
+        unreadable = Packet(PacketType.EVENT, "ike-update", b"\xff").framed()
+        stand_in.conns[-1].sendall(unreadable + _events("ike-update", [event, event]))
         await soon(lambda: moves == [event, event])
         stand_in.conns[-1].sendall(b"\0\0\0\1\x63")  # not VICI: charon counts as gone, and is asked again
         await soon(lambda: states == [True, False, True])
         await charon.close()
 
-    asyncio.run(scenario())
+    run(scenario())
+
+
+def test_a_charon_that_goes_before_it_tells_of_addresses_is_asked_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        def goes(packet: Packet) -> bytes | None:
+            if packet.type is PacketType.EVENT_REGISTER and not gone:
+                return gone.append(packet)
+            return like_charon(packet)
+
+        gone, states = list[Packet](), list[bool]()
+        stand_in = StandIn(tmp_path / "c", goes)
+        charon = Charon(stand_in.path)
+        charon.watch(states.append, lambda told: None)
+        await soon(lambda: states == [True])
+        assert gone
+        await charon.close()
+        stand_in.close()
+
+    run(scenario())
 
 
 def test_charon_comes_and_goes(telling: tuple[Telling, StandIn]) -> None:
