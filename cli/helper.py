@@ -38,7 +38,9 @@ def run(config: Config) -> int:
     logging.basicConfig(level="INFO", handlers=[handler])
     if sys.version_info < (3, 12):  # see `service.run`
         asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
-    asyncio.run(_serve(config, socket.socket(fileno=3)))
+    sock = socket.socket(fileno=3)
+    sock.set_inheritable(False)  # no script gets it
+    asyncio.run(_serve(config, sock))
     return 0
 
 

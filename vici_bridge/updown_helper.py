@@ -192,7 +192,7 @@ async def _ended(pid: int, out: int) -> tuple[int, bytes]:
 
 
 async def _output(out: int) -> bytes:
-    """What comes through a pipe until nobody has its other end any more."""
+    """The first `LONGEST` octets of what comes through a pipe until nobody has its other end any more."""
     loop, octets = asyncio.get_running_loop(), b""
     while True:
         try:
@@ -207,7 +207,8 @@ async def _output(out: int) -> bytes:
             continue
         if not more:
             return octets
-        octets += more
+        octets += more[: LONGEST - len(octets)]
+        await asyncio.sleep(0)  # a script may write as fast as this reads
 
 
 async def _end(pid: int) -> int:

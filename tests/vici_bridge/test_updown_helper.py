@@ -115,6 +115,33 @@ def test_output_of_any_octets_comes_back(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_output_without_an_end_stops_nothing_else_and_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script may write as fast as it is read."""
+    read, rounds, kept = 0, 0, list[bytes]()
+
+    def always(number: int, size: int) -> bytes:
+        nonlocal read
+        read += 1
+        assert read <= rounds + 2, "nothing else was done meanwhile"
+        return b"" if read > 20 else b"x" * size
+
+    async def count() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    async def scenario() -> None:
+        counting = asyncio.create_task(count())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "read", always)
+            kept.append((await updown_helper.execute("true", {}))[1])
+        counting.cancel()
+        assert len(kept[0]) == updown_helper.LONGEST
+
+    run(scenario())
+
+
 def test_a_script_ends_with_the_agent_that_asked_or_after_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +183,7 @@ def test_the_process_with_the_socket_that_systemd_gives(tmp_path: Path) -> None:
         sock = socket.socket(fileno=3)
         sock.bind({str(tmp_path / "socket")!r})
         sock.listen()
+        sock.set_inheritable(True)  # as systemd gives it
         sock.detach()
         os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
         print("listening", flush=True)
@@ -185,7 +213,7 @@ def configuration(folder: Path) -> Path:
     path.write_text(
         'name = "psg"\n[gateway]\naddresses = ["192.0.2.1"]\n'
         '[transfer]\nlisten = ["192.0.2.1:5091"]\ncertificate = "a"\nkey = "a"\nca = "a"\n'
-        "[connections.home]\nupdown = 'echo $PLUTO_VERB; exit 3'\n"
+        "[connections.home]\nupdown = '[ -e /proc/self/fd/3 ] || echo $PLUTO_VERB; exit 3'\n"
     )
     folder.chmod(0o755)
     path.chmod(0o644)

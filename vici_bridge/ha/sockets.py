@@ -75,9 +75,9 @@ def inherited(local: str, port: int) -> socket.socket | None:
         return None
     for number in range(3, 3 + int(os.environ.get("LISTEN_FDS") or 0)):
         sock = socket.socket(fileno=number)
+        sock.set_inheritable(False)
         if sock.type == socket.SOCK_DGRAM and sock.getsockname()[:2] == (local, port):
             sock.setblocking(False)
-            sock.set_inheritable(False)
             return sock
         sock.detach()
     return None
