@@ -238,10 +238,11 @@ class Away:
     def roamed(self, row: Departure, mn: Endpoint, ours: Endpoint) -> NatRule | None:
         """A relayed mobile node sends from `mn` to `ours`: pass its packets on from there, too.
 
-        The other gateway decides whether it is really there. None: they are passed on already. Errors:
-        KernelError, StoreError, BusyError.
+        The other gateway decides whether it is really there. None: they are passed on already, or cannot be,
+        because that gateway's address is of the other IP version. Errors: KernelError, StoreError, BusyError.
         """
-        if row.relay is None or any((rule.mn, rule.ours) == (mn, ours) for rule in row.rules.values()):
+        known = any((rule.mn, rule.ours) == (mn, ours) for rule in row.rules.values())
+        if row.relay is None or known or row.relay.to.version != mn.address.version:
             return None
         guest = NatRule(mn, ours, self.passing.free_port(), row.relay.to)
         log.info("%s sends from %s now: its packets are passed on from there, too", row.mn, mn)
@@ -268,9 +269,14 @@ class Away:
 
     def came(self, peer: str, sa: SaName, epoch: int) -> None:
         """The mobile node has gone to the gateway that the SA was given to: pass nothing on any more.
-        Errors: KernelError, StoreError."""
+
+        That gateway knows one of our addresses. If the mobile node has sent to another one as well, it may be
+        that, and the relay goes on. Errors: KernelError, StoreError.
+        """
         row = self._rows.get(sa.key)
-        if row is not None and (row.epoch, row.peer) == (epoch, peer) and row.relay is not None:
+        if row is None or (row.epoch, row.peer) != (epoch, peer) or row.relay is None:
+            return
+        if all(guest.ours.address == row.relay.ours.address for guest in row.guests):
             log.info("%s has gone to %s itself, and is not relayed any more", row.mn, peer)
             now = replace(row, relay=None, guests=())
             self._change(row, None if now.empty else now)

@@ -540,6 +540,11 @@ def test_a_relayed_node_that_roams_is_passed_on_from_there_too() -> None:
     row = gateway.away.relayed(here.spis)
     assert row is not None
     assert gateway.away.roamed(row, here.remote, here.local) is None
+    # the other gateway's address is of the other IP version
+    assert (
+        gateway.away.roamed(row, Endpoint.of("2001:db8::9", 4500), Endpoint.of("2001:db8::1", 4500)) is None
+    )
+    assert len(places(gateway)) == 1
     for place in there:
         row = gateway.away.relayed(here.spis)
         assert row is not None
@@ -573,6 +578,16 @@ def test_other_spis_of_a_relayed_nodes_esp_are_led_back_to_it() -> None:
     row = gateway.away.relayed(here.spis)
     assert row is not None and row.relay is not None
     assert (row.relay.plain, row.relay.spis) == (True, spis)
+
+
+def test_a_relay_goes_on_where_its_node_has_come_to_another_address_of_this_gateway_only() -> None:
+    """The other gateway does not know that address, and says that the mobile node has come itself."""
+    gateway = Gateway()
+    here = relay(gateway)
+    gateway.away.left(here.spis)
+    gateway.away.roamed(gateway.away.listing()[0], here.remote, Endpoint.of("192.0.2.77", here.local.port))
+    gateway.away.came("nsg", here.spis, here.epoch + 1)
+    assert len(places(gateway)) == 2
 
 
 def test_a_relay_ends_when_its_node_has_come_to_the_other_gateway_itself() -> None:
