@@ -213,7 +213,8 @@ class ContextSource(Protocol):
 
     async def invite(self, sa: SaName, to: str) -> None:
         """Tell the mobile node's agent to ask the gateway `to` for its SA; empty: tell the mobile node the
-        addresses of this gateway (RFC 4555, 3.6). Errors: as `export`."""
+        addresses of this gateway (RFC 4555, 3.6). Errors: as `export`; in the latter case LinkError
+        (silent)."""
         raise RefusedError("this gateway cannot invite mobile nodes", status=Status.NOT_COVERED)
 
     # A source that sends packets on to the gateway that has an SA now (`ikectx.wire.whereabouts`):

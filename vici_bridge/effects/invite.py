@@ -37,7 +37,9 @@ async def _note_id(work: Freezing) -> Facts:
 async def _invite(work: Freezing) -> Facts:
     request = work.facts.request
     assert request is not None and work.teller is not None
-    return {"request": await work.teller(work.context, request, work.told)}
+    following = await work.teller(work.context, request, work.told)
+    work.answered = True
+    return {"request": following}
 
 
 async def _tell_id(work: Freezing) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS, ContextSource, RelayTo, Stand, Way
 from ikectx.engine.ports import Address as Wish
 from ikectx.engine.tables import OSEQ_JUMP
-from ikectx.errors import BusyError, CharonError, IkectxError, RefusedError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, IkectxError, LinkError, RefusedError, UnknownSaError
 from ikectx.numbers import Status
 from ikectx.sa.context import NO_TAGS, Address, ChildContext, FinalChild, FinalState, IkeContext, PeerContext
 from ikectx.sa.keys import esp_keys
@@ -327,6 +327,8 @@ class CharonSource(ContextSource):
         except BaseException:
             await self._take_back(context, 0, journaled=False)
             raise
+        if not (to or work.answered):  # one that is invited may have been told, and come to the other gateway
+            raise LinkError(f"the MN at {context.remote} did not answer", status=Status.PEER_SILENT)
 
     async def _end_invitation(self, sa: SaName, speaks: bool) -> None:
         """An agent before this one was ended while it invited: charon is to speak again, if it does not

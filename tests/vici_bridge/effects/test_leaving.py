@@ -737,6 +737,18 @@ def test_a_relayed_node_is_told_this_gateway_s_addresses_if_it_speaks_mobike(spe
     run(scenario())
 
 
+def test_a_relayed_node_that_does_not_answer_does_not_count_as_told() -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            source = CharonSource(there.here.host, there._mover, there._ender, Agent(answers=False))
+            with pytest.raises(LinkError, match="did not answer"):
+                await source.invite(there.context.spis, "")
+            assert there.here.mute.muted == set() and sends(there.here, there.context)
+            assert there.here.host.leaving.all() == []
+
+    run(scenario())
+
+
 def test_an_agent_may_be_killed_while_it_invites(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     async def scenario() -> None:
         for effect, after in places([one.name for one in INVITE.effects]):
