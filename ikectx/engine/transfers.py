@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace as changed
 from typing import Literal
@@ -343,12 +344,18 @@ class Transfers:
             yield from run.go(SourceInput.RESTART)
 
     def _stands(self, run: Outgoing) -> Steps[Stand]:
-        try:
-            found: Stand = yield Do(Stands(run.sa, run.machine.state in LET_GO), run.transfer_id)
-        except IkectxError as error:
-            log.error("transfer %s goes on as the journal has it: %s", run.transfer_id.hex(), error)
-            return "unknown"
-        return found
+        """How the SA stands here. A journal that may be an old copy is not believed before that is known."""
+        for tries in itertools.count():
+            try:
+                found: Stand = yield Do(Stands(run.sa, run.machine.state in LET_GO), run.transfer_id)
+            except IkectxError as error:
+                if self._parts.config.journal != "old":
+                    log.error("transfer %s goes on as the journal has it: %s", run.transfer_id.hex(), error)
+                    break
+                yield from run.again(tries, "asking how the SA stands", error)
+            else:
+                return found
+        return "unknown"
 
     # -- all of them -------------------------------------------------------------------------------------
 

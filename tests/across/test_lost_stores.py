@@ -25,6 +25,8 @@ ENDLESS = (6551, 7352)
 """An SA has gone, of which an old copy says that it was offered: its numbers were raised again and again."""
 TOLD = 10194
 """A mobile node was refused, and a transfer of the operator's brings its SA all the same."""
+UNHEARD = (79387, 81408)
+"""How the SA stands cannot be asked for a moment: it was taken back as an old copy said, or cleared away."""
 TAKEN = (13552, 24448)
 """An old copy says that an SA left which is coming back: it is cleared away, and taken back where it was."""
 BUSY = 22383
@@ -78,6 +80,11 @@ def test_nobody_is_refused_what_another_transfer_brings(monkeypatch: pytest.Monk
     assert tried(TOLD, "lost-stores") == ""
     monkeypatch.setattr(Arrivals, "_came_otherwise", never)
     assert "owns it: True" in tried(TOLD, "lost-stores")
+
+
+@pytest.mark.parametrize("seed", UNHEARD)
+def test_an_old_copy_is_not_believed_before_charon_could_be_asked(seed: int) -> None:
+    assert tried(seed, "lost-stores") == ""
 
 
 @pytest.mark.parametrize("seed", TAKEN)
