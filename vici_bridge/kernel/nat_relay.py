@@ -119,22 +119,26 @@ class NatRelay:
         over = {(name, key) for name, key in gone if (name, key) not in after}
         ports = {key[-4:-2] for name, key in over if name.startswith("toport")}
         if ports:
-            self._table.remove([_ANSWERED], sorted(ports))
+            self._forget(_ANSWERED, {key for key in self._held(_ANSWERED) if key[:2] in ports})
         for version, size in _SIZES.items():
             # the place, and the gateway that its ESP was passed on to
             ended = {key[: size + 4] + there[name, key] for name, key in over if name == f"esp{version}"}
             if not ended:
                 continue
-            heard = [element.key for element in self._table.elements(f"heard{version}")]
+            heard = self._held(f"heard{version}")
             past = {key for key in heard if key[:-4] in ended}
             spis = {key[-4:] for key in past} - {key[-4:] for key in heard if key not in past}
-            if past:
-                self._table.remove([f"heard{version}"], sorted(past))
-            if spis:
-                self._table.remove([f"spis{version}"], sorted(spis))
-            strange = [element.key for element in self._table.elements(f"strange{version}")]
-            if strange:
-                self._table.remove([f"strange{version}"], strange)
+            self._forget(f"heard{version}", past)
+            self._forget(f"spis{version}", self._held(f"spis{version}") & spis if spis else ())
+            self._forget(f"strange{version}", self._held(f"strange{version}"))
+
+    def _held(self, name: str) -> frozenset[bytes]:
+        return frozenset(element.key for element in self._table.elements(name))
+
+    def _forget(self, name: str, keys: Collection[bytes]) -> None:
+        """Remove keys that were in the set just now: one that is not costs the kernel ten milliseconds."""
+        if keys:
+            self._table.remove([name], sorted(keys))
 
     def strangers(self) -> list[Stranger]:
         """Those that came since this was asked last; some, if there were many."""

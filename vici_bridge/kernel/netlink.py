@@ -26,7 +26,7 @@ XFRM = 6
 NETFILTER = 12
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_SO_RCVBUFFORCE = 33
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _CAP_ACK = 10
 _EXT_ACK = 11
 _GET_STRICT_CHK = 12
@@ -36,6 +36,8 @@ _F_CAPPED = 0x100
 _F_ACK_TLVS = 0x200
 _BUFFER = 1 << 18
 _SOCKET_BUFFER = 1 << 22
+_LONGEST = 1 << 26
+"""Octets of a request: a transaction of nftables' has several hundred for each mobile node."""
 _TIMEOUT = 5
 _BATCH = 128
 """Messages in one datagram: their answers must fit the receive buffer, or the kernel drops them."""
@@ -96,12 +98,14 @@ class Netlink:
                 self._socket.setsockopt(_SOL_NETLINK, option, 1)
             except OSError:
                 continue  # an older kernel; only convenience is lost
-        for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):
+        for forced, option, octets in (
+            (_SO_RCVBUFFORCE, socket.SO_RCVBUF, _SOCKET_BUFFER),
+            (_SO_SNDBUFFORCE, socket.SO_SNDBUF, _LONGEST),
+        ):
             try:
-                self._socket.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
-                break
+                self._socket.setsockopt(socket.SOL_SOCKET, forced, octets)
             except OSError:
-                continue
+                self._socket.setsockopt(socket.SOL_SOCKET, option, octets)
 
     def close(self) -> None:
         self._socket.close()

@@ -119,7 +119,7 @@ class NftTable:
             for at, pair in enumerate(pairs, 1)
         )
         each = (self._change(_DELSETELEM, ACK, *pair) for pair in pairs)
-        what = f"take {', '.join(key.hex() for key in keys)} out of sets {', '.join(names)}"
+        what = f"take {', '.join(key.hex() for key in keys[:8])} out of sets {', '.join(names)}"
         # one transaction for all, unless a key is missing in a set
         for messages in itertools.chain((every,), each):
             (done,) = self._outcomes(XfrmRequest(Secret(_batch(messages)), what))

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from ikectx.sa.context import Endpoint
-from tests.netns import ROW, Namespace, row
+from tests.netns import ROW, Namespace, namespaces, row
 from vici_bridge.kernel.nat_relay import NatRelay, Stranger
 from vici_bridge.kernel.nat_rule import NatRule
 
@@ -148,3 +148,23 @@ def test_without_udp(line: tuple[Namespace, Namespace, Namespace], version: int)
     relay.close()
     near.close()
     far.close()
+
+
+def test_more_than_a_socket_sends_at_once_otherwise() -> None:
+    """A gateway that was emptied has hundreds of relays to restore, and whoever sends as a mobile node can
+    have thousands of SPIs noted."""
+    ours, to = Endpoint.of("192.0.2.1", 4500), ip_address("192.0.2.2")
+    rules = [
+        NatRule(Endpoint(ip_address(0xC6336400 + number), 1234), ours, PORT + number, to)
+        for number in range(1000)
+    ]
+    place = rules[0].mn.address.packed + (1234).to_bytes(2) + bytes(2) + to.packed
+    with namespaces(1) as (space,), space.entered():
+        relay = NatRelay()
+        relay.set(rules)
+        assert len(relay._table.elements("esp4")) == 1000
+        relay._table.put([("heard4", place + number.to_bytes(4), b"") for number in range(5000)])
+        relay.change(rules[:1], [])
+        assert len(relay._table.elements("esp4")) == 999
+        assert relay._table.elements("heard4") == []
+        relay.close()
