@@ -343,6 +343,21 @@ def test_mute(space: Namespace, far: Namespace, version: int) -> None:
     assert space.run("nft list tables") == ""
 
 
+def test_nothing_is_removed_of_what_is_not_mute(space: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes the kernel long, and it holds up the agent."""
+    with space.entered():
+        mute = Mute()
+        mute.mute(SPIS)
+        removed: list[Sequence[bytes]] = []
+        monkeypatch.setattr(mute._table, "remove", lambda names, keys: removed.append(keys))
+        mute.unmute(OTHER, SPIS)
+        mute.unmute(OTHER)
+        assert removed == [[SPIS.octets]]
+        monkeypatch.undo()
+        Mute().unmute(SPIS)  # one that does not know what another has muted
+        assert Mute().listing() == []
+
+
 def test_one_that_only_answers(space: Namespace, far: Namespace) -> None:
     """The peer's requests pass, and the answers to them."""
     request, answer = (IKE[:19] + bytes([flags]) + IKE[20:] for flags in (0x08, 0x28))
