@@ -117,6 +117,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self._begins, self._offers = occasion.begins, Offers()
         self._offered = entry is not None
         """Has the peer been told of it, as far as we know?"""
+        self.copied = False
+        """True if it is from a journal that is an old copy: another gateway than the peer may have the SA."""
         self._asked: Question | None = None
         self._ctd: Ctd | None = None
         """The CTD that lets go; None: it is in the journal, if at all."""
@@ -397,7 +399,9 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             log.error("transfer %s: an answer that contradicts itself", self.transfer_id.hex())
             return SourceInput.LINK_LOST
         text = f"{self.peer.name}: {refusal_text(status, self._verdicts)}"
-        if status is Status.IN_DOUBT and self.machine.state is SourceState.RELEASED:
+        if self.copied:
+            text += "; the store here is an old copy, so another gateway may have the SA since"
+        if self.machine.state is SourceState.RELEASED and (status is Status.IN_DOUBT or self.copied):
             log.error("transfer %s is in doubt, %s", self.transfer_id.hex(), text)
             self.error = LinkError(text, status=status, hint=advice(status))
             if self.outcome is None:

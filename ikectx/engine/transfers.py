@@ -341,6 +341,7 @@ class Transfers:
             run.blame(StateError("the SA is served here: the store is an old copy, or could not be written"))
             yield from run.forget(SourceState.KEPT)
         else:
+            run.copied = self._parts.config.journal == "old" and stands == "frozen"
             yield from run.go(SourceInput.RESTART)
 
     def _stands(self, run: Outgoing) -> Steps[Stand]:

@@ -11,6 +11,7 @@ import pytest
 
 from ikectx.engine import transfers
 from ikectx.engine.arrivals import Arrivals
+from ikectx.engine.old_gateway import Outgoing
 from ikectx.engine.requests import Request
 from ikectx.engine.unknown_transfers import UnknownTransfers
 from tests.engine_seeds import some, tried
@@ -33,6 +34,8 @@ BUSY = 22383
 """One in which a gateway asks for the SA again, and is sent it by a transfer from before the loss."""
 SENT = 39355
 """The same, after the gateway had served the SA in that transfer and undone it."""
+COPIED = 304183
+"""An old copy says that an SA was let go to a gateway that refuses it, and another one has it since."""
 THAWED = 630
 """One in which the copy is from the middle of a freeze."""
 
@@ -96,6 +99,13 @@ def test_a_transfer_from_before_the_loss_answers_no_new_request(monkeypatch: pyt
     assert tried(SENT, "lost-stores") == ""
     monkeypatch.setattr(Request, "may_bring", lambda *_: True)
     assert "one IV twice" in tried(SENT, "lost-stores")
+
+
+def test_an_old_copy_s_sa_that_is_refused_is_left_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(COPIED, "lost-stores") == ""
+    never_copied = property(lambda _: False, lambda _run, _value: None)
+    monkeypatch.setattr(Outgoing, "copied", never_copied, raising=False)
+    assert "a and c own" in tried(COPIED, "lost-stores")
 
 
 def test_a_freeze_of_which_an_old_copy_tells_is_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
