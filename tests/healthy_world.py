@@ -144,6 +144,7 @@ class Fake(World):
         self.trials: dict[str, tuple[bool | None, str]] = {}
         self.stuck: set[int] = set()
         self.drops: list[str] | None = []
+        self.redirecting: set[str] = set()
         self.notes: bool | IkectxError | None = True
         self.time = datetime.datetime.now(datetime.UTC).timestamp()
 
@@ -210,6 +211,9 @@ class Fake(World):
 
     def forwards(self, version: int) -> bool:
         return version not in self.stuck
+
+    def redirects(self, device: str) -> bool:
+        return device in self.redirecting
 
     def forward_drops(self) -> list[str] | None:
         return self.drops

@@ -63,6 +63,13 @@ def _ways(world: World, peer: PeerSection, outer: set[str]) -> Iterator[Outcome]
             )
         elif (there := world.is_there(address)) is None:
             yield "note", f"{key} did not answer, and may be there all the same (ICMP filtered?)"
+        elif there and address.version == 4 and world.redirects(way.device):
+            yield (
+                "warn",
+                f"{key} answers by {way.device}, where this host sends ICMP redirects: servers whose packets "
+                f"take the detour send to {peer.name} for minutes, even for mobile nodes that are here again",
+                f"sysctl -w net.ipv4.conf.all.send_redirects=0 net.ipv4.conf.{way.device}.send_redirects=0",
+            )
         elif there:
             yield "ok", f"{key} answers by {way.device}"
         else:

@@ -14,7 +14,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -396,6 +396,17 @@ class World:
         from vici_bridge.kernel.nat_relay import forwards_packets
 
         return forwards_packets(version)
+
+    def redirects(self, device: str) -> bool:
+        """Whether this host sends ICMP redirects (IPv4) to senders behind that interface.
+
+        Linux does if the setting of all interfaces or that of this one says so.
+        """
+        for name in ("all", device):
+            with suppress(OSError):
+                if Path(f"/proc/sys/net/ipv4/conf/{name}/send_redirects").read_text().strip() != "0":
+                    return True
+        return False
 
     def forward_drops(self) -> list[str] | None:
         """nftables' chains that drop forwarded packets unless a rule accepts them; None: not known."""

@@ -44,6 +44,17 @@ def test_an_inner_address_that_will_not_do(
     assert only(world, "inside", level, found).found.startswith("nsg: forward_via 10.0.0.3 ")
 
 
+def test_a_host_that_redirects_servers_to_the_other_gateway(tmp_path: Path) -> None:
+    world = a_world(tmp_path)
+    world.redirecting = {"lan0"}
+    found = only(
+        world, "inside", "warn", "nsg: forward_via 10.0.0.3 answers by lan0, where this host sends ICMP"
+    )
+    assert found.fix.endswith("all.send_redirects=0 net.ipv4.conf.lan0.send_redirects=0")
+    world.there = False
+    only(world, "inside", "fail", "does not answer")
+
+
 def test_a_peer_without_an_inner_address(tmp_path: Path) -> None:
     world = a_world(tmp_path, TOML.replace(VIA, ""))
     fix = only(world, "inside", "warn", "nsg has no forward_via: SAs of home are not moved there").fix
