@@ -18,7 +18,8 @@ HINTS: Mapping[Status, str] = {
     Status.IKE_SPI_IN_USE: "{there} has an SA of that name: look there for a leftover with `list`",
     Status.ESP_SPI_IN_USE: "wait for a rekey of the child, which picks a new SPI, then try again",
     Status.VIP_IN_USE: "pools of two gateways must not overlap, nor fill: charon then gives away an address "
-    "that a node took along when it moved; use larger pools, or one place that assigns for all gateways",
+    "that a node took along when it moved; use pools larger than the number of identities, or one place that "
+    "assigns for all gateways (RADIUS by user, attr-sql without --timeout)",
     Status.SELECTORS_OVERLAP: "end the SA at {there} that has these traffic selectors",
     Status.ALGORITHM: "load the algorithm at {there}, or rekey with another proposal",
     Status.PROPOSAL: "permit the algorithms at {there} in ike_proposals or esp_proposals of "
