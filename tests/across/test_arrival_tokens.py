@@ -19,9 +19,19 @@ from ikectx.wire.tokens import token_key
 from tests.hand_loop import run
 from tests.mobile_nodes import AWAY, CXTP, MobileNode, kinds, requests, serve
 from tests.peers import a_context
-from tests.worlds import world
+from tests.worlds import World, world
 
 # -- copies ----------------------------------------------------------------------------------------------
+
+
+async def refused_arrival(w: World) -> tuple[MobileNode, bytes, Endpoint, bytes]:
+    """A mobile node, its CTAR, where that came from, and the CTAA: nSG could not take the SA."""
+    mn = serve(w, a_context())
+    w.b.daemon.fail["take"] = [CharonError("no")]
+    here, there = mn.arrive()
+    refusal = await w.b.agent.ctar(here, there)
+    assert refusal is not None and mn.says(refusal) is Status.CHARON
+    return mn, here, there, refusal
 
 
 def test_an_announcement_that_comes_behind_the_arrival_is_none() -> None:
@@ -29,11 +39,7 @@ def test_an_announcement_that_comes_behind_the_arrival_is_none() -> None:
 
     async def scenario() -> None:
         async with world() as w:
-            mn = serve(w, a_context())
-            w.b.daemon.fail["take"] = [CharonError("no")]
-            here, there = mn.arrive()
-            refusal = await w.b.agent.ctar(here, there)
-            assert mn.says(refusal) is Status.CHARON
+            mn, here, there, refusal = await refused_arrival(w)
             await w.quiet()
             assert await w.a.agent.ctar(*mn.announce()) is None
             assert await w.b.agent.ctar(here, there) == refusal
@@ -84,11 +90,7 @@ def test_a_refusal_is_not_repeated_when_another_transfer_has_brought_the_sa() ->
 
     async def scenario() -> None:
         async with world() as w:
-            mn = serve(w, a_context())
-            w.b.daemon.fail["take"] = [CharonError("no")]
-            here, there = mn.arrive()
-            refused = await w.b.agent.ctar(here, there)
-            assert mn.says(refused) is Status.CHARON
+            mn, here, there, refused = await refused_arrival(w)
             assert await w.b.agent.ctar(here, there) == refused
             await w.quiet()
             assert (await w.a.agent.transfer(mn.sa, "b")).result == "moved"
