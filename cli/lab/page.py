@@ -158,11 +158,12 @@ def _machines(summary: Mapping[str, Any]) -> Iterable[str]:
     yield (
         "`uml` is User-Mode Linux, a kernel that is a program: what a process computes takes as long as on "
         "the machine itself, what it asks the kernel for takes as long as the last two columns say "
-        "(measured at the beginning of the runs). Agents and charons ask often and hand over between "
-        "threads, so that their part of a gap is longer there than on a machine whose own kernel has ESP. "
-        "In *virtual time* the clock stands still while any program runs, and jumps to the next timer while "
-        "all wait: round trips, timers and pauses are left, exact and the same in every run. A real machine "
-        "is between the two."
+        "(measured at the beginning of the runs). A row with `real-time, on 1` has `taskset -c 1 chrt -r "
+        "1` in front of the command, because such a call is a switch between two programs, which takes "
+        "longer between cores. Agents and charons ask often, so their part of a gap is longer there than "
+        "where the own kernel has ESP. In *virtual time* the clock stands still while any program runs, "
+        "and jumps to the next timer while all wait: round trips, timers and pauses are left, exact and "
+        "the same in every run. A real machine is between the two."
     )
 
 
