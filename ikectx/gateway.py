@@ -42,6 +42,9 @@ from .peer import PeerConfig
 
 log = logging.getLogger("ikectx.gateway")
 
+SLOW = 1.0
+"""Seconds for SAs that begin to move together, before others begin beside those that are not there yet."""
+
 
 class Gateway:
     """One gateway: its peers, its transfers in both directions, its journal."""
@@ -202,22 +205,40 @@ class Gateway:
     ) -> list[TransferReport]:
         """Move several SAs, `parallel` at a time; reports in the order of `sas`.
 
+        They begin together, so that what each step asks of charon, the kernel and the disk is asked once for
+        several. Those that are still under way after `SLOW` seconds do not hold up the next ones.
+
         An error about one SA becomes its report. Errors: UsageError, StateError.
         """
         self._peer(to)
         self._running()
-        limit = asyncio.Semaphore(max(1, parallel))
 
         async def one(sa: SaName) -> TransferReport:
-            async with limit:
-                try:
-                    return await self.transfer(
-                        sa, to, address=address, dry_run=dry_run, progress=progress, asked_by=asked_by
-                    )
-                except IkectxError as error:
-                    return self._never_began(sa, to, error, address, dry_run)
+            try:
+                return await self.transfer(
+                    sa, to, address=address, dry_run=dry_run, progress=progress, asked_by=asked_by
+                )
+            except IkectxError as error:
+                return self._never_began(sa, to, error, address, dry_run)
 
-        return list(await asyncio.gather(*(one(sa) for sa in dict.fromkeys(sas))))
+        left, begun = list(dict.fromkeys(sas)), list[asyncio.Task[TransferReport]]()
+        slow = set[asyncio.Task[TransferReport]]()
+        try:
+            while left:
+                if len(slow) >= max(1, parallel):
+                    _, slow = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
+                room = max(1, parallel) - len(slow)
+                now = [asyncio.create_task(one(sa)) for sa in left[:room]]
+                del left[:room]
+                begun += now
+                _, late = await asyncio.wait(now, timeout=SLOW)
+                slow = {task for task in slow | late if not task.done()}
+            return list(await asyncio.gather(*begun))
+        except asyncio.CancelledError:
+            for task in begun:
+                task.cancel()
+            await asyncio.gather(*begun, return_exceptions=True)
+            raise
 
     def _never_began(
         self, sa: SaName, to: str, error: IkectxError, address: Address, dry_run: bool

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ikectx import driver
+from ikectx import driver, gateway
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.journaled import TransferPolicy
 from ikectx.engine.ports import Address
@@ -30,7 +30,7 @@ from ikectx.errors import (
 from ikectx.gateway import Gateway
 from ikectx.numbers import Fpt, IdType, Status
 from ikectx.peer import PeerConfig
-from ikectx.sa.context import Identity
+from ikectx.sa.context import Identity, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
 from ikectx.wire.cxtp import Ctd, Ctdr, Pctd
@@ -231,6 +231,46 @@ def test_one_connection_carries_both_directions() -> None:
             await w.quiet()
             assert [w.owner(sa) for sa in (*mine, *theirs, shared)] == [*"bbbaaa"]
             assert len(w.network._wires) == 2
+
+    run(scenario())
+
+
+def test_a_slow_sa_holds_up_the_others_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            slow, *sas = [w.a.daemon.serve(a_context(n, mn=f"198.51.100.{n}")) for n in range(1, 8)]
+            gate, freeze = asyncio.Event(), w.a.daemon.freeze
+
+            async def waiting(context: IkeContext, *args: Any, **named: Any) -> Any:
+                if context.spis == slow:
+                    await gate.wait()
+                return await freeze(context, *args, **named)
+
+            monkeypatch.setattr(w.a.daemon, "freeze", waiting)
+            moving = asyncio.create_task(w.a.agent.transfer_all([slow, *sas], "b", parallel=2))
+            await until(lambda: all(sa in w.b.daemon.served for sa in sas))
+            assert slow in w.a.daemon.served
+            gate.set()
+            assert {report.result for report in await moving} == {"moved"}
+
+    monkeypatch.setattr(gateway, "SLOW", 0.05)
+    run(scenario())
+
+
+def test_moves_that_nobody_waits_for_any_longer_are_cancelled() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            sas = [w.a.daemon.serve(a_context(n, mn=f"198.51.100.{n}")) for n in range(1, 6)]
+            w.a.daemon.wait["freeze"] = asyncio.Event()
+            moving = asyncio.create_task(w.a.agent.transfer_all(sas, "b", parallel=2))
+            await w.a.reaches("freeze")
+            moving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await moving
+            w.a.daemon.wait["freeze"].set()
+            await w.quiet()
+            for sa in sas:
+                assert w.owner(sa) == "a"
 
     run(scenario())
 
