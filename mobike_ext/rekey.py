@@ -33,7 +33,7 @@ from ikectx.errors import RefusedError, StateError, UsageError, WireError
 from ikectx.machine import Table
 from ikectx.numbers import Exchange, KeMethod, Mode, Notify, Payload, Protocol, Status
 from ikectx.sa.context import NO_SECRET, ChildContext, IkeGeneration, Lifetime, ReplayState, Secret
-from ikectx.sa.keys import DrawnIvs, sk_keys
+from ikectx.sa.keys import DrawnIvs, sk_d
 from ikectx.wire.ikev2 import IkeMessage
 from ikectx.wire.payloads import (
     AnyPayload,
@@ -475,7 +475,7 @@ class IkeRekey(_Rekey):
             secret=secret,
             ke=self._ke,
             add_secret=NO_SECRET,
-            old_skd=sk_keys(old).sk_d,
+            old_skd=sk_d(old),
             old_prf=old.prf,
         )
         return IkeRekeyed(new, deleted=False)

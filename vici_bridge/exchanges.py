@@ -13,7 +13,7 @@ from ikectx.engine.ports import MoveReport
 from ikectx.errors import IkectxError, KernelError, LinkError
 from ikectx.numbers import Prf, Protocol
 from ikectx.sa.context import Address, ChildContext, FinalState, IkeContext
-from ikectx.sa.keys import DrawnIvs, iv_length, prf_plus, sk_keys
+from ikectx.sa.keys import DrawnIvs, iv_length, prf_plus, sk_d
 from ikectx.wire.ikev2 import RetransmitPolicy
 from ikectx.wire.payloads import AnyPayload
 from mobike_ext.address_update import COOKIE2_LENGTH, AddressNotice, AddressUpdate
@@ -79,7 +79,7 @@ class MnMover:
         seed = b"ikectx address update " + label + final.mid_initiator.to_bytes(4) + _path(here)
         # The rest of the request (`additional`) comes from the configuration. The IV depends on it, too
         # (`keys.DrawnIvs`); the cookie does not, because the mobile node would answer from its cache.
-        return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
+        return prf_plus(now.prf, sk_d(now).reveal(), seed, length)
 
 
 class _Sender:
@@ -108,9 +108,9 @@ class _Prober(_Sender):
         """The message ID of our next request. The same octets for the same payloads, also after a crash,
         because the IVs depend on them, too (`keys.DrawnIvs`)."""
         now = here.current
-        sk_d, size = sk_keys(now).sk_d.reveal(), iv_length(now.encr)
+        key, size = sk_d(now).reveal(), iv_length(now.encr)
         first, second = (
-            DrawnIvs.of(prf_plus(now.prf, sk_d, label + (message_id + used).to_bytes(4), size))
+            DrawnIvs.of(prf_plus(now.prf, key, label + (message_id + used).to_bytes(4), size))
             for used in (0, 1)
         )
         machine = MidProbe(

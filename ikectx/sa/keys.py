@@ -233,14 +233,27 @@ def sk_keys(generation: IkeGeneration) -> SkKeys:
     After a rekey that changed the prf, RFC 7296 (2.18) says prf+ is the new SA's; charon uses the old SA's
     for prf+ too (sizes are the new one's), and so does this function. The two agree whenever the prf stayed.
     """
-    outer = generation.prf if generation.old_prf is None else generation.old_prf
+    sizes = _sk_sizes(generation)
+    return SkKeys(*_cut(_sk_octets(generation, sum(sizes)), sizes))
+
+
+def sk_d(generation: IkeGeneration) -> Secret:
+    """SK_d alone, which is the first of SK_*: two outputs of the prf instead of nine."""
+    return Secret(_sk_octets(generation, _sk_sizes(generation)[0]))
+
+
+def _sk_sizes(generation: IkeGeneration) -> tuple[int, ...]:
     size = prf_length(generation.prf)
     integ = integ_key_length(generation.encr, generation.integ)
     encr = encr_key_length(generation.encr, generation.encr_bits)
+    return (size, integ, integ, encr, encr, size, size)
+
+
+def _sk_octets(generation: IkeGeneration, length: int) -> bytes:
+    """The first octets of what SK_* are cut from."""
+    outer = generation.prf if generation.old_prf is None else generation.old_prf
     seed = generation.nonce_i + generation.nonce_r + generation.spi_i + generation.spi_r
-    sizes = (size, integ, integ, encr, encr, size, size)
-    keymat = prf_plus(outer, skeyseed(generation).reveal(), seed, sum(sizes))
-    return SkKeys(*_cut(keymat, sizes))
+    return prf_plus(outer, skeyseed(generation).reveal(), seed, length)
 
 
 def child_keys(generation: IkeGeneration, child: ChildContext) -> ChildKeys:
@@ -255,7 +268,7 @@ def child_keys(generation: IkeGeneration, child: ChildContext) -> ChildKeys:
     integ = integ_key_length(child.encr, child.integ)
     seed = child.secret.reveal() + child.nonce_i + child.nonce_r + child.add_secret.reveal()
     sizes = (encr, integ, encr, integ)
-    keymat = prf_plus(generation.prf, sk_keys(generation).sk_d.reveal(), seed, sum(sizes))
+    keymat = prf_plus(generation.prf, sk_d(generation).reveal(), seed, sum(sizes))
     return ChildKeys(*_cut(keymat, sizes))
 
 

@@ -48,7 +48,7 @@ from ikectx.errors import RefusedError, WireError
 from ikectx.mac import equal, hmac_sha256
 from ikectx.numbers import Fpt, OpenEnum, Status
 from ikectx.sa.context import Address, Endpoint, IkeGeneration, Secret
-from ikectx.sa.keys import prf_plus, sk_keys
+from ikectx.sa.keys import prf_plus, sk_d
 from ikectx.sa.name import SaName
 
 from .cxtp import Blocks, ContextDataBlock, Ctaa, Ctar, CtReq, StatusBlock, verify_token
@@ -93,8 +93,8 @@ def token_key(generation: IkeGeneration, sequence: int) -> Secret:
     """
     seed = Writer().octets(_KEY_LABEL).octets(generation.spi_i).octets(generation.spi_r)
     seed.u32(sequence, "sequence number")
-    sk_d = sk_keys(generation).sk_d
-    return Secret(prf_plus(generation.prf, sk_d.reveal(), seed.done(), KEY_LENGTH))
+    secret = sk_d(generation)
+    return Secret(prf_plus(generation.prf, secret.reveal(), seed.done(), KEY_LENGTH))
 
 
 @dataclass(frozen=True, slots=True)

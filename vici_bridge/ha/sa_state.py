@@ -19,7 +19,7 @@ from ikectx.sa.context import (
     Secret,
     TrafficSelector,
 )
-from ikectx.sa.keys import sk_keys
+from ikectx.sa.keys import sk_d
 from ikectx.sa.name import SaName
 
 from .ike_id import IkeId
@@ -86,7 +86,7 @@ def read_generation(message: HaMessage) -> IkeGeneration:
 def further_keys(generation: IkeGeneration, message: HaMessage) -> IkeGeneration:
     """One more key exchange of the same IKE_SA (IKE_INTERMEDIATE, RFC 9370): the form of a rekey."""
     try:
-        skd = sk_keys(generation).sk_d
+        skd = sk_d(generation)
     except IkectxError as error:
         raise WireError(f"its keys cannot be derived: {error}") from None
     return replace(
