@@ -34,7 +34,6 @@ from ikectx.sa.name import SaName
 from ikectx.wire.cookies import asked
 from ikectx.wire.cxtp import Ctaa, Ctar, Ctd, CtReq, Pctd
 from ikectx.wire.profile import TransferHeader, encode
-from ikectx.wire.reader import Writer
 from ikectx.wire.tokens import Purpose, make_ctar
 
 from .config import CXTP_PORT, Tunnel
@@ -196,11 +195,7 @@ def cookie_of(answer: bytes) -> bytes:
         block = asked(Ctaa.parse(answer))
     except IkectxError:
         return b""
-    if block is None:
-        return b""
-    writer = Writer()
-    block.write(writer)
-    return writer.done()
+    return b"" if block is None else block.serialize()
 
 
 def talk(order: Order, stopped: Callable[[], bool]) -> Counter[str]:

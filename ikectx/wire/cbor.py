@@ -8,6 +8,7 @@ matter. So there is one encoding for each value. Errors name places, never value
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -134,6 +135,7 @@ def dumps(value: Any, what: str = "CBOR", *, own: bool = False) -> bytes:
 # Readers: each checks a decoded value, says where it stood when it is wrong, and gives it back.
 
 
+@functools.cache
 def uint(bits: int) -> Read[int]:
     """An unsigned number of at most `bits` bits."""
 
@@ -162,6 +164,7 @@ def text(value: Any, where: str) -> str:
     return value
 
 
+@functools.cache
 def octets(*sizes: int, most: int = MAX_OCTETS) -> Read[bytes]:
     """Octets of one of these sizes; without sizes: of any up to `most`."""
 
@@ -179,9 +182,12 @@ def array(read: Read[T], *, most: int = MAX_ITEMS) -> Read[tuple[T, ...]]:
     def read_all(value: Any, where: str) -> tuple[T, ...]:
         if type(value) is not list or len(value) > most:
             raise WireError(f"{where}: not an array of at most {most} items")
-        return tuple(read(item, f"{where}[{n}]") for n, item in enumerate(value))
+        return tuple([read(item, f"{where}[{n}]") for n, item in enumerate(value)])
 
     return read_all
+
+
+texts = array(text)
 
 
 def row(reads: Sequence[Read[Any]], defaults: Sequence[Any] = ()) -> Read[list[Any]]:
@@ -193,7 +199,8 @@ def row(reads: Sequence[Read[Any]], defaults: Sequence[Any] = ()) -> Read[list[A
             raise WireError(f"{where}: not an array of {least} to {len(reads)} items")
         places = enumerate(zip(reads, value, strict=False))
         found = [read(item, f"{where}[{n}]") for n, (read, item) in places]
-        return found + list(defaults[len(value) - least :])
+        found += defaults[len(value) - least :]
+        return found
 
     return read_row
 
@@ -233,10 +240,14 @@ class MapReader:
 
     def take(self, key: int, read: Read[T], default: D) -> T | D:
         """The value of a key, or `default` if it is left out."""
-        return self.need(key, read) if key in self._left else default
+        if key not in self._left:  # mostly
+            return default
+        return read(self._left.pop(key), f"{self._where}: key {key}")
 
     def rest(self) -> list[tuple[int, bytes]]:
         """(key, CBOR) of the keys that were not read."""
+        if not self._left:  # mostly
+            return []
         return [(key, dumps(value, self._where)) for key, value in sorted(self._left.items())]
 
 

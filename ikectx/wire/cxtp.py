@@ -96,15 +96,13 @@ class ContextDataBlock:
             size -= 4
         return cls(Fpt(head >> 16), reader.octets(size - BLOCK_HEADER, "block data"), presence)
 
-    def write(self, writer: Writer) -> None:
-        """Append the block to a message."""
-        flags = 0 if self.presence is None else _PRESENCE
-        end = len(writer) + self.size
-        writer.u32(self.fpt << 16 | self.size // BLOCK_UNIT << 8 | flags)
-        if self.presence is not None:
-            writer.u32(self.presence)
-        writer.octets(self.data)
-        writer.octets(bytes(end - len(writer)))
+    def serialize(self) -> bytes:
+        head = self.fpt << 16 | self.size // BLOCK_UNIT << 8
+        if self.presence is None:
+            out = head.to_bytes(4) + self.data
+        else:
+            out = (head | _PRESENCE).to_bytes(4) + self.presence.to_bytes(4) + self.data
+        return out.ljust(self.size, b"\0")
 
 
 Blocks = tuple[ContextDataBlock, ...]
@@ -127,9 +125,8 @@ class StatusBlock:
         whole = reader.u32("status")
         return cls(Fpt(whole >> 16), Status(whole >> 8 & 0xFF))
 
-    def write(self, writer: Writer) -> None:
-        """Append the status to a message."""
-        writer.u32(self.fpt << 16 | self.status << 8)
+    def serialize(self) -> bytes:
+        return (self.fpt << 16 | self.status << 8).to_bytes(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +204,12 @@ def _finish(
     parts: Sequence[ContextDataBlock | StatusBlock] = (),
 ) -> bytes:
     """Header, body and the blocks or statuses at its end."""
-    for part in parts:
-        part.write(body)
+    octets = b"".join((body.done(), *(part.serialize() for part in parts)))
     flags = (_V4 if mn.version == 4 else 0) | (_FLAG if flag else 0)
-    out = Writer().u16((VERSION << 4 | kind) << 8 | flags)
-    out.u16(HEADER_SIZE + len(body), f"{kind.name}: message length")
-    return out.octets(body.done()).done()
+    if HEADER_SIZE + len(octets) > MAX_MESSAGE:
+        raise WireError(f"{kind.name}: message length {HEADER_SIZE + len(octets)} does not fit in 2 octets")
+    head = (VERSION << 4 | kind) << 24 | flags << 16 | HEADER_SIZE + len(octets)
+    return head.to_bytes(4) + octets
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,10 +518,8 @@ def compute_token(key: bytes, mn: Address, sequence: int, blocks: Sequence[Conte
 
     Over the MN's previous address, the sequence number and the blocks of the CTAR.
     """
-    text = Writer().octets(mn.packed).u32(sequence)
-    for block in blocks:
-        block.write(text)
-    return int.from_bytes(hmac_of(hashes.SHA1, key, text.done())[:4])
+    text = mn.packed + sequence.to_bytes(4) + b"".join(block.serialize() for block in blocks)
+    return int.from_bytes(hmac_of(hashes.SHA1, key, text)[:4])
 
 
 def verify_token(

@@ -46,6 +46,7 @@ Unknown = tuple[tuple[int, int, bytes], ...]
 
 VERSION = 1
 PROFILES = (Fpt.IKEV2_SA, Fpt.SAD, Fpt.SPD, Fpt.PAD)
+_NAMES = {fpt: fpt.name for fpt in PROFILES}
 MAX_PROFILE = MAX_MESSAGE - 28
 """Octets of blocks that fit after the header of a PCTD with IPv6 address and no key."""
 
@@ -86,7 +87,7 @@ class TransferHeader:
 def _rest(entry: cbor.MapReader, fpt: Fpt, item: int = 0) -> Unknown:
     """The entries that were not read, as IkeContext.unknown has them; `item`: 1 + number of generation or
     child."""
-    return tuple((int(fpt), item << 16 | key, data) for key, data in entry.rest())
+    return tuple([(int(fpt), item << 16 | key, data) for key, data in entry.rest()])
 
 
 def _item(value: Any, where: str) -> tuple[Any, str]:
@@ -115,6 +116,7 @@ def _generation_out(value: IkeGeneration) -> dict[int, Any]:
 
 _SPI_PAIR = cbor.octets(16)
 _OLD = cbor.row((entries.secret, cbor.u16))
+_GENERATION_SUITE = cbor.row((cbor.u16,) * 5, (0, 0, 0))
 _MIDS = cbor.row((cbor.u32, cbor.u32))
 
 
@@ -124,7 +126,7 @@ def _generation(value: Any, where: str, number: int) -> tuple[IkeGeneration, Unk
     initiator = entry.take(2, cbor.boolean, False)
     nonce_i, nonce_r = entry.need(3, entries.nonces)
     secret = entry.need(4, entries.secret)
-    prf, encr, bits, integ, ke = entry.need(5, cbor.row((cbor.u16,) * 5, (0, 0, 0)))
+    prf, encr, bits, integ, ke = entry.need(5, _GENERATION_SUITE)
     old_skd, old_prf = entry.take(8, _OLD, (None, None))
     generation = cbor.build(
         IkeGeneration,
@@ -198,9 +200,9 @@ def _ike(entry: cbor.MapReader) -> tuple[TransferHeader, dict[str, Any], Unknown
         "remote_eap_id": entry.take(8, entries.identity, None),
         "local": entry.need(9, entries.endpoint),
         "remote": entry.need(10, entries.endpoint),
-        "local_vips": entry.take(11, cbor.array(entries.address), ()),
-        "remote_vips": entry.take(12, cbor.array(entries.address), ()),
-        "peer_addresses": entry.take(13, cbor.array(entries.endpoint), ()),
+        "local_vips": entry.take(11, entries.addresses, ()),
+        "remote_vips": entry.take(12, entries.addresses, ()),
+        "peer_addresses": entry.take(13, entries.endpoints, ()),
         "conditions": entry.take(14, cbor.u64, 0),
         "extensions": entry.take(15, cbor.u64, 0),
         "private_conditions": entry.take(16, cbor.u64, 0),
@@ -219,7 +221,7 @@ def _ike(entry: cbor.MapReader) -> tuple[TransferHeader, dict[str, Any], Unknown
 
 
 _SUITE = (0, 0, 0)
-_SUITE_ROW = cbor.row((cbor.u16,) * 4, _SUITE)
+_SUITE_ROW, _IPCOMP = cbor.row((cbor.u16,) * 4, _SUITE), cbor.row((cbor.u16,) * 3)
 
 
 def _ike_suite(value: IkeGeneration) -> list[int]:
@@ -270,7 +272,7 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
     nonce_i, nonce_r = entry.take(5, entries.nonces, (generation.nonce_i, generation.nonce_r))
     suite = entry.take(6, _SUITE_ROW, None) or _SUITE_ROW(_ike_suite(generation), where)
     encr, bits, integ, ke = suite
-    ipcomp, cpi_in, cpi_out = entry.take(15, cbor.row((cbor.u16,) * 3), [0, 0, 0])
+    ipcomp, cpi_in, cpi_out = entry.take(15, _IPCOMP, [0, 0, 0])
     child = cbor.build(
         ChildContext,
         where,
@@ -282,8 +284,8 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
         nonce_i=nonce_i,
         nonce_r=nonce_r,
         encr=Encr(encr),
-        local_ts=entry.need(7, cbor.array(entries.selector)),
-        remote_ts=entry.take(8, cbor.array(entries.selector), _vip_selectors(parts["remote_vips"])),
+        local_ts=entry.need(7, entries.selectors),
+        remote_ts=entry.take(8, entries.selectors, _vip_selectors(parts["remote_vips"])),
         encr_bits=bits,
         integ=Integ(integ),
         ke=KeMethod(ke),
@@ -307,7 +309,7 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
 # SPD: policies, runs of them that differ only in the direction as one entry.
 
 _POLICY = ("fio", 0, 0, 0)
-_POLICY_ROW = cbor.row((cbor.u32, cbor.text, cbor.u16, cbor.u16, cbor.u16), _POLICY)
+_POLICY_ROWS = cbor.array(cbor.row((cbor.u32, cbor.text, cbor.u16, cbor.u16, cbor.u16), _POLICY))
 
 
 def _policies_out(policies: Iterable[PolicyContext]) -> list[list[Any]]:
@@ -324,7 +326,7 @@ def _policies_out(policies: Iterable[PolicyContext]) -> list[list[Any]]:
 
 def _policies(value: Any, where: str) -> tuple[PolicyContext, ...]:
     found: list[PolicyContext] = []
-    for run in cbor.array(_POLICY_ROW)(value, where):
+    for run in _POLICY_ROWS(value, where):
         priority, letters, child, local_ts, remote_ts = run
         if not letters or len(found) + len(letters) > 4 * cbor.MAX_ITEMS or letters.strip("iof"):
             raise WireError(f"{where}: directions that are not letters of i, o, f, or too many policies")
@@ -355,7 +357,7 @@ def _rounds(identity: Identity) -> cbor.Read[tuple[AuthRound, ...]]:
         except UnicodeDecodeError:
             raise WireError(f"{where}: stands for an identity that is no text") from None
 
-    read_row = cbor.row((cbor.text, read_id, cbor.text, cbor.array(cbor.text)), _ROUND)
+    read_row = cbor.row((cbor.text, read_id, cbor.text, cbor.texts), _ROUND)
 
     def read(value: Any, where: str) -> AuthRound:
         method, name, eap_id, groups = read_row(value, where)
@@ -390,9 +392,9 @@ def _peer(entry: cbor.MapReader, parts: dict[str, Any]) -> PeerContext | None:
         name,
         entry.take(2, _rounds(parts["local_id"]), ()),
         entry.take(3, _rounds(parts["remote_id"]), ()),
-        entry.take(4, cbor.array(cbor.text), _names(parts.get("children", ()))),
-        entry.take(5, cbor.array(cbor.text), ()),
-        entry.take(6, cbor.array(cbor.text), ()),
+        entry.take(4, cbor.texts, _names(parts.get("children", ()))),
+        entry.take(5, cbor.texts, ()),
+        entry.take(6, cbor.texts, ()),
     )
 
 
@@ -426,19 +428,20 @@ def _join(blocks: Iterable[ContextDataBlock]) -> dict[Fpt, bytes]:
 def _open(joined: dict[Fpt, bytes], fpt: Fpt, own: bool) -> cbor.MapReader:
     """The profile's map, after its version was checked; an empty one if the profile was not sent. `own`: it
     was made here."""
+    name = _NAMES[fpt]
     if fpt not in joined:
-        return cbor.MapReader({}, fpt.name)
-    entry = cbor.MapReader(cbor.loads(joined[fpt], fpt.name, padding=7, own=own), fpt.name)
+        return cbor.MapReader({}, name)
+    entry = cbor.MapReader(cbor.loads(joined[fpt], name, padding=7, own=own), name)
     version = entry.need(0, cbor.u64)
     if version != VERSION:
-        raise WireError(f"{fpt.name}: version {version} is not known")
+        raise WireError(f"{name}: version {version} is not known")
     return entry
 
 
 def _close(maps: dict[Fpt, dict[int, Any]]) -> tuple[dict[Fpt, bytes], tuple[ContextDataBlock, ...]]:
     """The octets of each profile, and their blocks."""
     # not checked here: both callers decode what they have encoded
-    joined = {fpt: cbor.dumps(out, fpt.name, own=True) for fpt, out in maps.items()}
+    joined = {fpt: cbor.dumps(out, _NAMES[fpt], own=True) for fpt, out in maps.items()}
     blocks = [block for fpt, data in joined.items() for block in _split(fpt, data)]
     if sum(block.size for block in blocks) > MAX_PROFILE:
         raise WireError("the context does not fit in one CXTP message")

@@ -49,12 +49,18 @@ def address(value: Any, where: str) -> Address:
     return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
 
 
+addresses = cbor.array(address)
+
+
 def endpoint(value: Any, where: str) -> Endpoint:
     """Address, then the port in 2 octets unless it is 500."""
     packed = cbor.octets(4, 6, 16, 18)(value, where)
     split = len(packed) // 4 * 4
     port = int.from_bytes(packed[split:]) if len(packed) > split else 500
     return Endpoint(address(packed[:split], where), port)
+
+
+endpoints = cbor.array(endpoint)
 
 
 def endpoint_out(value: Endpoint) -> bytes:
@@ -102,6 +108,9 @@ def selector(value: Any, where: str) -> TrafficSelector:
             raise WireError(f"{where}: not a prefix")
         end = type(start)(first | ((1 << (bits - length)) - 1))
     return cbor.build(TrafficSelector, where, start, end, *rest)
+
+
+selectors = cbor.array(selector)
 
 
 def selector_out(ts: TrafficSelector) -> Any:

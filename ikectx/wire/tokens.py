@@ -339,13 +339,13 @@ def _reply_tag(
     text.u8(mn.version).octets(mn.packed)
     text.u32(sequence, "sequence number").u16(len(statuses), "number of statuses")
     for status in statuses:
-        status.write(text)
+        text.octets(status.serialize())
     return _tag(key, text, others)
 
 
 def _tag(key: Secret, text: Writer, others: Blocks) -> bytes:
     for block in others:
-        block.write(text)
+        text.octets(block.serialize())
     return hmac_sha256(key.reveal(), text.done())[:TAG_LENGTH]
 
 
