@@ -180,14 +180,6 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         self._holds = False
         """Are packets for the mobile node held until it arrives?"""
         self._tries = 0
-        self._do: Mapping[TargetAction, Callable[[IkeContext], Steps[None]]] = {
-            TargetAction.CHECK: self._check,
-            TargetAction.PREPARE: self._prepare,
-            TargetAction.TAKE: self._take,
-            TargetAction.MOVE: self._move,
-            TargetAction.ACTIVATE: self._activate,
-            TargetAction.UNDO: self._undo,
-        }
 
     @classmethod
     def resumed(cls, parts: Parts, entry: JournalEntry) -> Incoming:
@@ -269,7 +261,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         try:
             if self.context is None:
                 raise StateError("the journal has no context for it")
-            yield from self._do[action](self.context)
+            yield from _DO[action](self, self.context)
         except IkectxError as error:
             if action is TargetAction.UNDO:
                 self._tries += 1
@@ -426,3 +418,13 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
 
     def _undo(self, context: IkeContext) -> Steps[None]:
         yield from self.step(Undo(context))
+
+
+_DO: Mapping[TargetAction, Callable[[Incoming, IkeContext], Steps[None]]] = {
+    TargetAction.CHECK: Incoming._check,
+    TargetAction.PREPARE: Incoming._prepare,
+    TargetAction.TAKE: Incoming._take,
+    TargetAction.MOVE: Incoming._move,
+    TargetAction.ACTIVATE: Incoming._activate,
+    TargetAction.UNDO: Incoming._undo,
+}

@@ -131,16 +131,6 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self._doubts: Timer | None = None
         self._sent: float | None = None
         """When the first message of this transfer was sent, also by an agent before this one."""
-        self._do: Mapping[SourceAction, Callable[[], Steps[SourceInput | None]]] = {
-            SourceAction.SEND_PCTD: self._send_pctd,
-            SourceAction.SEND_CTD: self._send_ctd,
-            SourceAction.SEND_CTC: self._send_ctc,
-            SourceAction.RECONNECT: self._reconnect,
-            SourceAction.FREEZE: self._freeze,
-            SourceAction.RELEASE: self._release,
-            SourceAction.THAW: self._thaw,
-            SourceAction.DIVERT: self._divert,
-        }
 
     @classmethod
     def resumed(cls, parts: Parts, peer: PeerConfig, entry: JournalEntry) -> Outgoing:
@@ -226,7 +216,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                     self._tries = 0
                 what = None
                 for action in actions:
-                    what = yield from self._do[action]()
+                    what = yield from _DO[action](self)
                 if what is None and self.machine.state is SourceState.AWAITING:
                     what = yield from self._await()
         if self._doubts is not None:
@@ -580,3 +570,15 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             why=self.way.why,
             exit_code=words.exit_code,
         )
+
+
+_DO: Mapping[SourceAction, Callable[[Outgoing], Steps[SourceInput | None]]] = {
+    SourceAction.SEND_PCTD: Outgoing._send_pctd,
+    SourceAction.SEND_CTD: Outgoing._send_ctd,
+    SourceAction.SEND_CTC: Outgoing._send_ctc,
+    SourceAction.RECONNECT: Outgoing._reconnect,
+    SourceAction.FREEZE: Outgoing._freeze,
+    SourceAction.RELEASE: Outgoing._release,
+    SourceAction.THAW: Outgoing._thaw,
+    SourceAction.DIVERT: Outgoing._divert,
+}

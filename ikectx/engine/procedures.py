@@ -211,8 +211,9 @@ class Scheduler:
 
     def _end(self, process: Process, value: object, error: BaseException | None) -> None:
         self.processes.discard(process)
-        if process.ended is not None:
-            process.ended(value, error)
+        ended, process.ended = process.ended, None  # who holds the process may be held by that
+        if ended is not None:
+            ended(value, error)
         elif isinstance(error, IkectxError):
             log.error("%s: %s", process.name, error)
         elif isinstance(error, Exception):
@@ -221,6 +222,8 @@ class Scheduler:
     def _wait(self, process: Process, wish: Wish) -> None:
         process.waits = wish
         match wish:
+            case Do(step, of):  # most of them
+                self._give_out(process, step, of)
             case Event(until):
                 if process.mailbox:
                     process.look()
@@ -239,8 +242,6 @@ class Scheduler:
                 queue.append(process)
                 if queue[0] is process:
                     self.wake(process, None)
-            case Do(step, of):
-                self._give_out(process, step, of)
             case step:
                 self._give_out(process, step, b"")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
 from typing import Any
 
@@ -20,14 +21,16 @@ AT_ONCE = 16
 
 MOST = {
     "journal entries": 12.0,
-    "statements": 26.0,
-    "transactions": 1.5,
+    "statements": 24.0,
+    "transactions": 0.8,
     "seals": 4.1,
     "values from octets": 12.0,
     "values to octets": 6.0,
-    "tasks": 10.0,
+    "tasks": 10.5,
+    "objects in cycles": 0.5,
 }
-"""For each SA, at both gateways together. What is done once for several SAs has less than one."""
+"""For each SA, at both gateways together. What is done once for several SAs has less than one. Objects in
+cycles are those that only the garbage collector frees, which looks at all objects for that."""
 
 
 async def together(stream: MemoryStream, data: bytes) -> None:
@@ -68,9 +71,11 @@ def counted(sas: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
                 write(store, *entries, durable=durable)
 
             patch.setattr(SqliteStore, "write", counting)
+            gc.collect()
             reports = await w.a.agent.transfer_all(names, "b", parallel=AT_ONCE)
             assert {report.result for report in reports} == {"moved"}
             await w.quiet()
+            found["objects in cycles"] = gc.collect()
             patch.undo()
             for side in w.sides.values():
                 side.store._db.set_trace_callback(None)
@@ -78,7 +83,11 @@ def counted(sas: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     said: Counter[str] = Counter()
     with monkeypatch.context() as patch:
         patch.setattr(MemoryStream, "write", together)
-        run(scenario())
+        gc.disable()
+        try:
+            run(scenario())
+        finally:
+            gc.enable()
     found["statements"], found["transactions"] = said.total(), said["COMMIT"]
     return {what: number / sas for what, number in found.items()}
 
@@ -87,5 +96,5 @@ def test_an_sa_of_a_drain_takes_no_more_than_this(monkeypatch: pytest.MonkeyPatc
     few, many = counted(32, monkeypatch), counted(128, monkeypatch)
     assert set(few) == set(MOST)
     assert {what: number for what, number in many.items() if number > MOST[what]} == {}
-    growing = {what: (few[what], many[what]) for what in MOST if many[what] > 1.2 * few[what]}
+    growing = {what: (few[what], many[what]) for what in MOST if many[what] > 1.2 * few[what] + 0.1}
     assert growing == {}, "what one SA takes grows with the number of SAs"
