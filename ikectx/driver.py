@@ -92,9 +92,11 @@ afterwards: they are blocked or sent on by what the store says."""
 HearOf = Callable[[str, Whereabouts], None]
 """Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
 
-_AT_ONCE = (
-    *(Recorded, Invites, Stay, NewNames, NotComing, Hear),
-    *(FindTransfer, FindEpochs, FindLatest, OwnedFrom, Put, Get, Delete, Items),
+_AT_ONCE = frozenset(
+    {
+        *(Recorded, Invites, Stay, NewNames, NotComing, Hear),
+        *(FindTransfer, FindEpochs, FindLatest, OwnedFrom, Put, Get, Delete, Items),
+    }
 )
 """Steps that wait for nobody."""
 
@@ -290,7 +292,7 @@ class Driver:
                 self._connect(Connect(effect, peer))
             case Journal():
                 self._writes.append(output)
-            case Effect(effect, step) if isinstance(step, _AT_ONCE):
+            case Effect(effect, step) if type(step) in _AT_ONCE:
                 try:
                     outcome = self._at_once(step)
                 except Exception as error:
@@ -367,9 +369,10 @@ class Driver:
         with trace.about(writes[0].entry.transfer_id), trace.span("journal", "call"):
             outcomes = self._written(writes)
         self._sync_later(at_once=any(output.entry.state == SourceState.RELEASED for output in writes))
+        now = self.now()
         for output, outcome in zip(writes, outcomes, strict=True):
             self._ended = self._ended or bool(output.entry.result)
-            self.engine.effect_done(self.now(), output.effect, outcome)
+            self.engine.effect_done(now, output.effect, outcome)
 
     def _sync_later(self, *, at_once: bool = False) -> None:
         """`at_once`: an SA is about to be let go. The sync begins before the other gateway hears of that."""

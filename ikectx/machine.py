@@ -74,10 +74,11 @@ class Machine(Generic[StateT, InputT, ActionT]):
 
         Errors: StateError if `what` cannot happen in this state.
         """
-        if self.ignores(what):
+        row = self._table.get((self.state, what))
+        if row is None:
+            self.peek(what)
             return ()
-        self.peek(what)
-        state, *actions = self._table[self.state, what]
+        state, *actions = row
         if state is not self.state:
             self.spent[self.state] = self.spent.get(self.state, 0.0) + now - self._entered
             self._entered = now
@@ -91,7 +92,8 @@ class Machine(Generic[StateT, InputT, ActionT]):
         """Milliseconds in each state so far, the present one included."""
         spent = dict(self.spent)
         spent[self.state] = spent.get(self.state, 0.0) + now - self._entered
-        return {state.value: round(seconds * 1000, 3) for state, seconds in spent.items()}
+        # `value` takes two calls, in each of a dozen states of an SA that moves
+        return {state._value_: round(seconds * 1000, 3) for state, seconds in spent.items()}
 
     def next_timer(self) -> float | None:
         """When the state's time is over; None: never."""

@@ -123,15 +123,21 @@ def spanned(step: str, kind: Kind = "part") -> Callable[[Callable[_P, _R]], Call
     def wrap(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if inspect.iscoroutinefunction(function):
 
-            @functools.wraps(function)
-            async def run(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+            async def spanned(*args: _P.args, **kwargs: _P.kwargs) -> Any:
                 with span(step, kind):
                     return await function(*args, **kwargs)
+
+            @functools.wraps(function)
+            def run(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+                # without a trace the coroutine runs without another one around it
+                return (function if _output.file is None else spanned)(*args, **kwargs)
 
             return cast(Callable[_P, _R], run)
 
         @functools.wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if _output.file is None:
+                return function(*args, **kwargs)
             with span(step, kind):
                 return function(*args, **kwargs)
 

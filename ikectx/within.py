@@ -41,7 +41,8 @@ class Limit:
         """Whether its time was over."""
 
     def __enter__(self) -> Self:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
         if task is None:
             raise RuntimeError("a limit of time outside of a task")
         self._task, self._before = task, task.cancelling()

@@ -5,6 +5,7 @@ Context and final state are sealed for the row that they stand in; the rest is i
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sqlite3
@@ -52,9 +53,8 @@ def write(db: sqlite3.Connection, sealer: Sealer, entry: JournalEntry, kept: Sec
             )
             if value != before
         }
-        columns = ", ".join(f"{name} = ?" for name in (*_CHANGE, *sealed))
-        update = f"UPDATE journal SET {columns} WHERE transfer_id = ? AND role = ?"  # noqa: S608
-        if db.execute(update, (*state, *sealed.values(), entry.transfer_id, entry.role)).rowcount:
+        values = (*state, *sealed.values(), entry.transfer_id, entry.role)
+        if db.execute(_update(tuple(sealed)), values).rowcount:
             return
     row = (
         *(entry.transfer_id, entry.role, entry.peer, *entry.sa, entry.mn, entry.mn_address),
@@ -63,6 +63,12 @@ def write(db: sqlite3.Connection, sealer: Sealer, entry: JournalEntry, kept: Sec
         *(entry.started, *state[2:]),
     )
     db.execute(_INSERT, row)
+
+
+@functools.cache
+def _update(sealed: tuple[str, ...]) -> str:
+    columns = ", ".join(f"{name} = ?" for name in (*_CHANGE, *sealed))
+    return f"UPDATE journal SET {columns} WHERE transfer_id = ? AND role = ?"  # noqa: S608
 
 
 def _sealed(sealer: Sealer, entry: JournalEntry, name: str, value: bytes | None) -> bytes | None:
