@@ -1,4 +1,4 @@
-"""`Together`: what several want in one round of the event loop is done once, for all of them (asyncio)."""
+"""`Together`, `Gather`: what comes at about the same time from several is gone on with once (asyncio)."""
 
 from __future__ import annotations
 
@@ -68,3 +68,39 @@ def _fail(waiting: list[asyncio.Future[_R]], error: BaseException) -> None:
     for future in waiting:
         if not future.done():
             future.set_exception(error)
+
+
+class Gather(Generic[_T]):
+    """`give` gets what ends within some seconds while more is under way. What ends last, or alone, goes on at
+    once."""
+
+    def __init__(self, seconds: float, give: Callable[[Sequence[_T]], None]) -> None:
+        self._seconds = seconds
+        self._give = give
+        self._under_way = 0
+        self._ended: list[_T] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """One more is under way."""
+        self._under_way += 1
+
+    def end(self, item: _T) -> None:
+        """One has ended, with this."""
+        self._under_way -= 1
+        self._ended.append(item)
+        if not self._under_way:
+            self._all()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._all)
+
+    def close(self) -> None:
+        """Nothing is given any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _all(self) -> None:
+        self.close()
+        ended, self._ended = self._ended, []
+        self._give(ended)

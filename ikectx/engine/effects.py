@@ -178,13 +178,17 @@ class StillHere:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Install the SA without owning it. Outcome: `Prepared`."""
+    """Install the SA without owning it. Outcome: `Prepared`.
+
+    `served`: the old gateway serves it meanwhile, so that what follows may wait for other SAs for a moment.
+    """
 
     NAME: ClassVar[str] = "prepare"
     context: IkeContext
     keep: bool
     answers: bool
     relayed_by: str = ""
+    served: bool = False
 
 
 @dataclass(frozen=True, slots=True)

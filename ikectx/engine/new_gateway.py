@@ -374,7 +374,9 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
                 raise RefusedError(found.words, status=Status.IN_DOUBT)
 
     def _prepare(self, context: IkeContext) -> Steps[None]:
-        self._prepared = yield from self.step(Prepare(context, self.keep, self.answers, self.relayed_by))
+        served = self.machine.state is TargetState.PREPARING
+        wanted = Prepare(context, self.keep, self.answers, self.relayed_by, served)
+        self._prepared = yield from self.step(wanted)
 
     def _take(self, context: IkeContext) -> Steps[None]:
         yield from self.step(Take(context, self._last, self.stored.peer))

@@ -257,6 +257,38 @@ def test_a_slow_sa_holds_up_the_others_for_a_moment_only(monkeypatch: pytest.Mon
     run(scenario())
 
 
+def test_sas_that_are_prepared_one_after_another_are_frozen_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            loop = asyncio.get_running_loop()
+            alone, *sas = [w.a.daemon.serve(a_context(n, mn=f"198.51.100.{n}")) for n in range(1, 6)]
+            takes = dict(zip([alone, *sas], (0.005, 0.005, 0.01, 0.015, 0.2), strict=True))
+            prepared: list[float] = []
+            frozen: dict[SaName, float] = {}
+            prepare, freeze = w.b.daemon.prepare, w.a.daemon.freeze
+
+            async def preparing(context: IkeContext, *args: Any, **named: Any) -> Any:
+                await asyncio.sleep(takes[context.spis])
+                prepared.append(loop.time())
+                return await prepare(context, *args, **named)
+
+            async def freezing(context: IkeContext, *args: Any, **named: Any) -> Any:
+                frozen[context.spis] = loop.time()
+                return await freeze(context, *args, **named)
+
+            monkeypatch.setattr(w.b.daemon, "prepare", preparing)
+            monkeypatch.setattr(w.a.daemon, "freeze", freezing)
+            assert (await w.a.agent.transfer(alone, "b")).result == "moved"
+            assert frozen[alone] == prepared[-1], "one that moves alone waits for nothing"
+            reports = await w.a.agent.transfer_all(sas, "b")
+            assert {report.result for report in reports} == {"moved"}
+            *together, late = (frozen[sa] for sa in sas)
+            assert set(together) == {prepared[1] + driver.GATHER}, "no longer for one that is late"
+            assert late == prepared[-1]
+
+    run(scenario())
+
+
 def test_moves_that_nobody_waits_for_any_longer_are_cancelled() -> None:
     async def scenario() -> None:
         async with world() as w:

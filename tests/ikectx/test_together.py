@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from ikectx.together import Together
+from ikectx.together import Gather, Together
+from tests.hand_loop import run
 
 
 def test_all_items_of_one_round_are_done_at_once() -> None:
@@ -50,3 +51,33 @@ def test_an_error_is_everybody_s_and_who_leaves_stops_nothing() -> None:
         assert done == [1, 2, 3]
 
     asyncio.run(scenario())
+
+
+def test_what_ends_at_about_the_same_time_is_given_together() -> None:
+    given: list[tuple[float, list[int]]] = []
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        gather: Gather[int] = Gather(0.03, lambda ended: given.append((loop.time() - began, list(ended))))
+
+        async def one(seconds: float, number: int) -> None:
+            gather.begin()
+            await asyncio.sleep(seconds)
+            gather.end(number)
+
+        # the fourth is late, and ends alone
+        await asyncio.gather(*(one(seconds, n) for n, seconds in enumerate((0.001, 0.002, 0.02, 0.5))))
+        await one(0.5, 4)
+        gather.begin()
+        gather.begin()
+        gather.end(5)
+        gather.close()
+        await asyncio.sleep(1.0)
+
+    run(scenario())
+    assert given == [
+        (pytest.approx(0.031), [0, 1, 2]),
+        (pytest.approx(0.5), [3]),
+        (pytest.approx(1.0), [4]),
+    ]
