@@ -16,10 +16,10 @@ from ikectx.errors import CharonError
 
 from . import guest as lab_guest
 from .config import Tunnel
-from .fleet import Fleet
+from .fleet import Fleet, prepare
 from .hosts import Lab
 from .machine import host
-from .net import CHARONS, GATEWAYS, INNER
+from .net import GATEWAYS, INNER
 from .traffic import Probe
 from .usage import circumstances, clock_stands_still, cpu, memory_kib, spent_ms
 
@@ -27,8 +27,6 @@ DELAY_MS = 20.0
 AFTER = 2.0
 """Seconds for which the probe goes on behind the last SA."""
 
-LOG = "charon-systemd { filelog { log { ike = 1\n knl = 1 } } }\n"
-"""charon's own level: that of the lab's scenarios takes a tenth of its time."""
 MEMORY_MIB = 3072
 """Of a guest: charon's logs of a thousand SAs are in it, too."""
 
@@ -55,10 +53,7 @@ def drain(size: int, *, libipsec: bool, say: Say) -> dict[str, Any]:
     lab = Lab.new(delay_ms=DELAY_MS)
     try:
         say("network and daemons")
-        for host in CHARONS:
-            folder = lab.work / host
-            folder.mkdir(exist_ok=True)
-            (folder / "more-log.conf").write_text(LOG)
+        prepare(lab)
         lab.up(Tunnel(libipsec=libipsec))
         say(f"{size} mobile nodes connect to psg")
         # what the agents hold before there are SAs: they have read their files and listened to charon

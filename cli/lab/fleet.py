@@ -18,7 +18,7 @@ from ikectx.errors import CharonError
 from vici_bridge.vici.client import ControlClient, json_of
 
 from .hosts import Lab
-from .net import INNER, INNER_NET, OUTER
+from .net import CHARONS, INNER, INNER_NET, OUTER
 
 _FIRST = {"outer": ip_address("10.32.0.0"), "inner": ip_address("10.48.0.0")}
 _PREFIX = 16
@@ -32,6 +32,31 @@ _PATIENCE = 60.0
 """Seconds in which the next few of them must be up or gone."""
 _LONG = 1800.0
 """Seconds for a command about all of them."""
+
+_EVERYWHERE = """charon-systemd {
+  ikesa_table_size = 4096
+  ikesa_table_segments = 16
+  filelog { log { ike = 1
+    knl = 1 } }
+}
+"""
+"""charon's default is one list of all IKE_SAs. Its own level of the log: that of the lab's scenarios takes a
+tenth of its time."""
+_MOBILE = """charon-systemd {
+  install_routes = no
+  plugins { kernel-netlink { roam_events = no } }
+}
+"""
+"""As soon as charon installs routes, each look for a source address reads all addresses and routes, of which
+there are some for each SA; and whenever an address comes, a roaming charon looks so for each of its SAs."""
+
+
+def prepare(lab: Lab, *mobiles: str) -> None:
+    """Before a lab comes up: its charons are to have thousands of SAs, those of `mobiles` many addresses."""
+    for host in {*CHARONS, *mobiles}:
+        folder = lab.work / host
+        folder.mkdir(exist_ok=True)
+        (folder / "more-sas.conf").write_text(_EVERYWHERE + (_MOBILE if host in mobiles else ""))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from ikectx.errors import IkectxError
 from .config import Tunnel
 from .daemons import lacks
 from .fleet import crowd as others
+from .fleet import prepare
 from .hosts import Lab, save_logs
 from .kill_lab import KillLab
 from .kill_run import KillRunner
@@ -66,6 +67,8 @@ def run_here(
             tell("daemons" if lab else "network and daemons")
             try:
                 new = partial(kind.new, delay_ms=wanted[0], gateway_delay_ms=wanted[1], traced=traced)
+                if crowd:
+                    new = partial(_crowded, new)
                 lab = _prepared(lab, new, scenario, tunnel, clean=clean, disturbed=disturbed, say=tell)
             except IkectxError as error:
                 done(ScenarioReport.failed(scenario, str(error)))
@@ -90,6 +93,13 @@ def run_here(
     finally:
         if lab is not None:
             lab.down()
+
+
+def _crowded(new: Callable[[], Lab]) -> Lab:
+    """A new lab whose charons will have many SAs."""
+    lab = new()
+    prepare(lab, "mn2")
+    return lab
 
 
 def _prepared(
