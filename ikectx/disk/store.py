@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 from ikectx.engine.journal import JournalEntry, JournalHas, Role
@@ -55,6 +56,23 @@ class Aside:
     key: str
     why: str
     at: float
+
+
+class _Errors:
+    """A context manager that raises SQLite's errors as StoreError. (A generator would take six calls.)"""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, sqlite3.Error | OverflowError):
+            raise StoreError(
+                f"the journal cannot be used: {error}", hint="check disk space and state.db"
+            ) from None
+
+
+_ERRORS = _Errors()
 
 
 class SqliteStore:
@@ -159,14 +177,8 @@ class SqliteStore:
                 raise
             self._db.execute("COMMIT")
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OverflowError) as error:
-            raise StoreError(
-                f"the journal cannot be used: {error}", hint="check disk space and state.db"
-            ) from None
+    def _errors(self) -> _Errors:
+        return _ERRORS
 
     def close(self) -> None:
         """Give database and lock back; closing twice is harmless."""

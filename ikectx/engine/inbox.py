@@ -95,7 +95,7 @@ class Inbox:
 
     def holds(self, sa: SaName) -> bool:
         """True if a transfer of that SA is open here."""
-        return sa == self._admitting or any(run.stored.sa == sa for run in self.runs.values())
+        return sa == self._admitting or sa in [run.stored.sa for run in self.runs.values()]
 
     def work(self) -> Steps[None]:
         """Handle items until the queue is empty and no transfer is open."""
@@ -515,5 +515,5 @@ class Inboxes:
 
     def busy(self, asking: Inbox, sa: SaName) -> bool:
         """True if that SA is in a transfer in another inbox, or on its way out."""
-        others = (inbox for inbox in self._open.values() if inbox is not asking)
-        return bool(self._moving(sa)) or any(inbox.holds(sa) for inbox in others)
+        here = [inbox for inbox in self._open.values() if inbox is not asking and inbox.holds(sa)]
+        return bool(here or self._moving(sa))
