@@ -398,7 +398,7 @@ class Agent:
         names = chosen(views, request, self._plain_peers)
         no_detour, dry_run = (request.get(key) == "yes" for key in ("no-detour", "dry-run"))
         if not no_detour and any(peer.name == to for peer in self._peers):
-            need_ways(views, names, to, self._host.away.way, self._config.connections)
+            need_ways(views, names, to, self._host.away.stranded, self._config.connections)
         queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
         with self._host.away.without_detour(names if no_detour else ()):
             work = asyncio.create_task(

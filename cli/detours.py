@@ -4,11 +4,12 @@ on."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from ipaddress import ip_network
 
 from ikectx.errors import UnknownSaError, UsageError
 from ikectx.sa.name import SaName
 from vici_bridge.away.departures import Departure
+from vici_bridge.away.pairs import networks
+from vici_bridge.kernel.xfrm_parts import Network
 from vici_bridge.vici.views import SaView
 
 from .config import ConnectionConfig
@@ -18,29 +19,31 @@ def need_ways(
     views: Iterable[SaView],
     chosen: Collection[SaName],
     to: str,
-    way: Callable[[str, str], int],
+    stranded: Callable[[Collection[Network], str], Collection[Network]],
     connections: Mapping[str, ConnectionConfig],
 ) -> None:
     """Refuse, before anything is done, to move SAs whose packets would be dropped here afterwards.
 
-    `way`: device by which packets for a prefix get to a peer, 0: none. If the connection `announces`, the
+    `stranded`: those of some networks whose packets have no way to a peer. If the connection `announces`, the
     network sends them there by itself. The mobile node's outer address, as in transport mode, and 0.0.0.0/0
     are never sent on. Errors: UsageError.
     """
-    stuck = [
-        (view, prefix)
+    names = set(chosen)
+    wanted = [
+        (view, network)
         for view in views
-        if view.spis in chosen and not _announces(connections, view.name)
-        for prefix in _inner(view)
-        if not way(prefix, to)
+        if view.spis in names and not _announces(connections, view.name)
+        for network in _inner(view)
     ]
+    without = stranded({network for _, network in wanted}, to)
+    stuck = [(view, network) for view, network in wanted if network in without]
     if not stuck:
         return
-    view, prefix = stuck[0]
+    view, network = stuck[0]
     more = len({one.spis for one, _ in stuck}) - 1
     others = f", and for {more} other{'s' if more > 1 else ''}" if more else ""
     raise UsageError(
-        f"there is no way from here to {to} for packets of {view.remote_id} ({prefix}){others}: those that "
+        f"there is no way from here to {to} for packets of {view.remote_id} ({network}){others}: those that "
         "still arrive here after the move would be dropped; nothing was moved",
         hint=f"set forward_via for [[peer]] {to} to its inner address, on a network of this gateway; or set "
         f"announces = true for [connections.{view.name}], if its updown script has the network send them to "
@@ -72,14 +75,8 @@ def _announces(connections: Mapping[str, ConnectionConfig], name: str) -> bool:
     return found is not None and found.announces
 
 
-def _inner(view: SaView) -> list[str]:
-    """Prefixes of the SA's mobile node that could be sent on."""
-    found = []
-    for text in (text for child in view.children for text in child.remote_ts):
-        try:
-            network = ip_network(text.split("[", 1)[0])
-        except ValueError:
-            continue  # a range: it is sent on as several prefixes, and refused as one of them would be
-        if network.prefixlen and view.remote.address not in network:
-            found.append(str(network))
-    return found
+def _inner(view: SaView) -> list[Network]:
+    """Networks of the SA's mobile node that could be sent on. A range is none: it is sent on as several
+    prefixes, and refused as one of them would be."""
+    found = networks(text for child in view.children for text in child.remote_ts)
+    return [network for network in found if network.prefixlen and view.remote.address not in network]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
@@ -12,14 +13,15 @@ from ikectx_cli.config import ConnectionConfig
 from ikectx_cli.detours import find, need_ways
 from tests.vici_bridge.vici.test_views import VIEW
 from vici_bridge.away.departures import Departure
+from vici_bridge.kernel.xfrm_parts import Network
 from vici_bridge.vici.views import sa_view
 
 SA = sa_view("home", {**VIEW, "tasks-active": []})
 ANNOUNCES = {"home": ConnectionConfig("home", announces=True)}
 
 
-def no_way(prefix: str, to: str) -> int:
-    return 0
+def no_way(prefixes: Collection[Network], to: str) -> Collection[Network]:
+    return prefixes
 
 
 def test_without_a_way_a_transfer_is_refused_before_it_begins() -> None:
@@ -33,7 +35,7 @@ def test_without_a_way_a_transfer_is_refused_before_it_begins() -> None:
 
 
 def test_it_is_not_refused_where_packets_find_the_way() -> None:
-    need_ways([SA], [SA.spis], "nsg", lambda prefix, to: 3, {})
+    need_ways([SA], [SA.spis], "nsg", lambda prefixes, to: set(), {})
     need_ways([SA], [SA.spis], "nsg", no_way, ANNOUNCES)
     need_ways([SA], [], "nsg", no_way, {})
 

@@ -19,7 +19,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import ip_network
 
 from ikectx.engine.ports import Store
 from ikectx.errors import KernelError, StoreError, UnknownSaError
@@ -115,9 +114,10 @@ class Away:
         """The names that SAs had here which another gateway serves now."""
         return {row.sa for row in self._rows.values() if row.stage not in (Stage.ENDED, Stage.COMING)}
 
-    def way(self, prefix: str, to: str) -> int:
-        """Index of the device by which packets for `prefix` get to that peer now; 0: there is no way."""
-        return self._detour.device_to(prefix, self._ways.get(to, ()))
+    def stranded(self, prefixes: Collection[Network], to: str) -> set[Network]:
+        """Those of the prefixes whose packets have no way to that peer now."""
+        known: Ways = {}
+        return {network for network in prefixes if not self._way(network, to, known)}
 
     @contextlib.contextmanager
     def without_detour(self, sas: Iterable[SaName]) -> Iterator[None]:
@@ -468,7 +468,7 @@ class Away:
         led: dict[Network, int] = {}
         via: tuple[Address, ...] = ()
         for name in dict.fromkeys((row.at, row.peer)):
-            ways = {network: self._way(network, name, known) for network in map(ip_network, row.prefixes)}
+            ways = {network: self._way(network, name, known) for network in networks(row.prefixes)}
             if any(ways.values()):
                 led, via = {network: way for network, way in ways.items() if way}, tuple(self._ways[name])
                 break
@@ -478,15 +478,18 @@ class Away:
             for network, device in led.items()
             if within(block.destination, network) and block.selector.ifindex in (0, device)
         }
-        texts = tuple(prefix for prefix in row.prefixes if ip_network(prefix) in led)
+        own = zip(row.prefixes, networks(row.prefixes), strict=True)
+        texts = tuple(prefix for prefix, network in own if network in led)
         return replace(row, led=texts, via=via, allows=tuple(allows.values()))
 
     def _way(self, network: Network, name: str, known: Ways) -> int:
-        """As `way`, but asked once for each gateway and IP version, unless it depends on the network."""
+        """Index of the device by which packets for a network get to that gateway now, 0: there is no way.
+
+        The kernel is asked once for each gateway and IP version, unless the way depends on the network."""
         if any(gateway in network for gateway in self._ways.get(name, ())):
             return 0
         if (name, network.version) not in known:
-            known[name, network.version] = self.way(str(network), name)
+            known[name, network.version] = self._detour.device_to(network, self._ways.get(name, ()))
         return known[name, network.version]
 
     def _rows_of(self, context: IkeContext) -> list[Departure]:

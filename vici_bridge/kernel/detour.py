@@ -14,6 +14,7 @@ import logging
 import socket
 import threading
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from ikectx.errors import KernelError
@@ -277,7 +278,9 @@ def stir(link: Netlink, device: int, version: int) -> None:
             raise failure(request, outcome)
 
 
+@lru_cache(maxsize=1 << 12)
 def _network(prefix: str | Network) -> Network:
+    """Cached, because the prefixes of an SA that leaves come here several times."""
     return ip_network(prefix, strict=False) if isinstance(prefix, str) else prefix
 
 

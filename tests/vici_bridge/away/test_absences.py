@@ -53,11 +53,13 @@ class Routes:
         self.fuse = fuse
         self.leads: dict[str, Any] = {}
         self.shut_up: set[str] = set()
+        self.questions = 0
         self.default = OUT
         self.link = IN
         """0: the device towards the other gateways is down."""
 
-    def device_to(self, prefix: str, via: Sequence[Any]) -> int:
+    def device_to(self, prefix: Any, via: Sequence[Any]) -> int:
+        self.questions += 1
         return self.link if via else 0
 
     def device_now(self, prefix: str) -> int:
@@ -189,6 +191,17 @@ def test_packets_go_to_where_the_sa_is_and_nowhere_else() -> None:
     assert gateway.away.listing() == []
     assert gateway.routes.leads == {}
     assert [one for one in gateway.kernel.policies.values() if one.selector.user == OURS] == []
+
+
+def test_the_way_to_a_gateway_is_asked_for_once_for_all_that_leave() -> None:
+    gateway = Gateway()
+    many = {ip_network(f"10.4.{number}.0/24") for number in range(100)}
+    inside = ip_network("10.3.0.0/24")  # the other gateway's address is in it
+    assert gateway.away.stranded(many | {inside}, "nsg") == {inside}
+    assert gateway.routes.questions == 1
+    gateway.routes.link = 0
+    assert gateway.away.stranded(many, "nsg") == many
+    assert gateway.away.stranded(many, "who?") == many
 
 
 def test_a_store_that_was_lost_opens_no_block() -> None:
