@@ -84,9 +84,9 @@ class Deadlines:
             if left:
                 self.keep(view.spis, None, wall + min(left))
 
-    def has_seen(self, served: Iterable[SaName]) -> bool:
-        """Whether the timers of all these SAs were noted since they came up."""
-        return self._seen.issuperset(served)
+    def unseen(self, served: Iterable[SaName]) -> list[SaName]:
+        """Those of these SAs whose timers were not noted since they came up."""
+        return [sa for sa in served if sa not in self._seen]
 
     def gone(self, sa: SaName) -> None:
         """charon no longer has the SA."""

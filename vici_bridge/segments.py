@@ -26,6 +26,9 @@ SOON = 0.005
 """Seconds after a toggle for which the next one waits: calls of that time share it. The first does not wait,
 because the packets of a mobile node may."""
 
+FEW = 32
+"""SAs that are asked for one by one before a toggle, in one go; more are asked for by a list of all."""
+
 
 class Side(Protocol):
     """charon, as the host of the agent knows it."""
@@ -37,6 +40,9 @@ class Side(Protocol):
 
     async def views(self) -> list[SaView]:
         """All SAs. Errors: CharonError, WireError."""
+
+    async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
+        """One SA; `search`: also among all, if its unique ID is not known. Errors: as `views`."""
 
     async def version(self) -> int:
         """The HA wire version. Errors: CharonError."""
@@ -109,12 +115,23 @@ class Segments:
                 return
             await asyncio.sleep(0.1)
 
+    async def _unseen(self) -> Sequence[SaView]:
+        """The SAs whose timers were not noted since they came up, or all, because a list of all takes longer
+        the more there are, but no longer than a question about each of many."""
+        side = self._side
+        unseen = side.deadlines.unseen(side.served())
+        if len(unseen) <= FEW:
+            found = await asyncio.gather(*(side.view(sa, search=False) for sa in unseen))
+            views = [view for view in found if view is not None]
+            if len(views) == len(unseen):
+                return views
+        return await side.views()
+
     async def _toggle_soon(self, done: asyncio.Future[None]) -> None:
         side, loop = self._side, asyncio.get_running_loop()
         try:
             await asyncio.sleep(self._toggled + SOON - loop.time())
-            if not side.deadlines.has_seen(side.served()):
-                side.deadlines.before_toggle(await side.views(), steady_wall())
+            side.deadlines.before_toggle(await self._unseen(), steady_wall())
             await self._none_half_open()
             version = await side.version()
             self._toggle, self._toggled = None, loop.time()  # later calls wait for the next toggle
