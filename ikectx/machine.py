@@ -76,7 +76,7 @@ class Machine(Generic[StateT, InputT, ActionT]):
         """
         row = self._table.get((self.state, what))
         if row is None:
-            self.peek(what)
+            self.peek(what)  # raises unless it is ignored
             return ()
         state, *actions = row
         if state is not self.state:

@@ -71,8 +71,8 @@ def _fail(waiting: list[asyncio.Future[_R]], error: BaseException) -> None:
 
 
 class Gather(Generic[_T]):
-    """`give` gets what ends within some seconds while more is under way. What ends last, or alone, goes on at
-    once."""
+    """`give` gets together what ends within `seconds` (s) of the first, while more is under way. What ends
+    last, or alone, goes on at once."""
 
     def __init__(self, seconds: float, give: Callable[[Sequence[_T]], None]) -> None:
         self._seconds = seconds
@@ -95,12 +95,16 @@ class Gather(Generic[_T]):
             self._timer = asyncio.get_running_loop().call_later(self._seconds, self._all)
 
     def close(self) -> None:
-        """Nothing is given any more."""
+        """Drop what ended and was not given yet. The caller has cancelled what is under way."""
+        self._ended = []
+        self._stop_timer()
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _all(self) -> None:
-        self.close()
+        self._stop_timer()
         ended, self._ended = self._ended, []
         self._give(ended)

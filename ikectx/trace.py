@@ -123,14 +123,14 @@ def spanned(step: str, kind: Kind = "part") -> Callable[[Callable[_P, _R]], Call
     def wrap(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if inspect.iscoroutinefunction(function):
 
-            async def spanned(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+            async def traced(*args: _P.args, **kwargs: _P.kwargs) -> Any:
                 with span(step, kind):
                     return await function(*args, **kwargs)
 
             @functools.wraps(function)
             def run(*args: _P.args, **kwargs: _P.kwargs) -> Any:
                 # without a trace the coroutine runs without another one around it
-                return (function if _output.file is None else spanned)(*args, **kwargs)
+                return (function if _output.file is None else traced)(*args, **kwargs)
 
             return cast(Callable[_P, _R], run)
 

@@ -97,6 +97,7 @@ class ContextDataBlock:
         return cls(Fpt(head >> 16), reader.octets(size - BLOCK_HEADER, "block data"), presence)
 
     def serialize(self) -> bytes:
+        """The block, padded with zero octets to whole units of `BLOCK_UNIT` octets."""
         head = self.fpt << 16 | self.size // BLOCK_UNIT << 8
         if self.presence is None:
             out = head.to_bytes(4) + self.data
@@ -126,6 +127,7 @@ class StatusBlock:
         return cls(Fpt(whole >> 16), Status(whole >> 8 & 0xFF))
 
     def serialize(self) -> bytes:
+        """Feature profile type and status, in 4 octets."""
         return (self.fpt << 16 | self.status << 8).to_bytes(4)
 
 
