@@ -14,7 +14,7 @@ import pytest
 from ikectx.errors import CharonError, WireError
 from tests.hand_loop import run_bounded as run
 from tests.vici_bridge.vici.test_client import StandIn, like_charon, response
-from vici_bridge.vici.charon import MOMENT, MOST, Charon
+from vici_bridge.vici.charon import MOMENT, MOST, PIECE, Charon
 from vici_bridge.vici.codec import Packet, PacketType, parse_message, serialize_message
 
 SAS = [{"mn": {"uniqueid": str(number), "initiator-spi": f"{number:016x}"}} for number in (1, 2, 3)]
@@ -26,6 +26,7 @@ class Telling:
     def __init__(self) -> None:
         self.heard: list[tuple[PacketType, str]] = []
         self.pool = {"mobile": {"size": "9"}}
+        self.sas = SAS
         self.refused: str | None = None
         """The unique ID of an SA that is not listed."""
 
@@ -37,7 +38,7 @@ class Telling:
                     wanted = packet.message.get("ike-id")
                     if wanted is not None and wanted == self.refused:
                         return response(success="no", errmsg="not now")
-                    sas = [sa for sa in SAS if wanted in (None, sa["mn"]["uniqueid"])]
+                    sas = [sa for sa in self.sas if wanted in (None, sa["mn"]["uniqueid"])]
                     return _events("list-sa", sas) + response()
                 case "list-conns":
                     wanted = packet.message.get("ike", "home")
@@ -75,8 +76,11 @@ def test_a_listing_is_one_round_trip_once_the_event_is_registered(telling: tuple
         assert [kind.name for kind, _ in answers.heard] == ["EVENT_REGISTER", "CMD_REQUEST"]
         answers.heard.clear()
         assert await charon.read_sas(lambda octets: b"0000000000000002" in octets) == [False, True, False]
+        assert answers.heard == [(PacketType.CMD_REQUEST, "list-sas")]
         assert len(await charon.read_sas(bytes, ike_ids=[2])) == 1
-        assert answers.heard == [(PacketType.CMD_REQUEST, "list-sas")] * 2
+        answers.heard.clear()
+        assert len(await charon.read_sas(bytes, ike_ids=[2])) == 1
+        assert answers.heard == [(PacketType.CMD_REQUEST, "list-sas")]
         await charon.close()
 
     asyncio.run(scenario())
@@ -193,20 +197,41 @@ def test_b27_a_listing_that_waits_for_an_sa_holds_up_no_other_request(tmp_path: 
             assert await charon.rekey(ike_id=3) == 1
             for _ in range(3):
                 assert len(await charon.read_sas(bytes, ike_ids=[2])) == 1
-            # one for what charon answers at once, one for rekeying, and those of the listings
+            # one for what charon answers at once, one for rekeying, one for single SAs, the listings'
             assert len(stand_in.conns) == MOST + 2 and not any(task.done() for task in waiting)
             more = [asyncio.create_task(charon.read_sas(bytes)) for _ in range(5)]
             await asyncio.sleep(3 * MOMENT)
             assert await charon.half_open() == 2
             answers.ended.set()
             assert [len(told) for told in await asyncio.gather(*waiting, *more)] == [3] * (MOST + 4)
-            assert len(stand_in.conns) == MOST + 2
+            assert len(stand_in.conns) == MOST + 3
         finally:
             answers.ended.set()
             await charon.close()
             stand_in.close()
 
     asyncio.run(scenario())
+
+
+def test_while_many_sas_are_read_something_else_comes_between(telling: tuple[Telling, StandIn]) -> None:
+    async def scenario() -> None:
+        answers, stand_in = telling
+        answers.sas = [{"mn": {"uniqueid": str(number)}} for number in range(1, 1001)]
+        charon = Charon(stand_in.path)
+        read, most = [0], 0
+
+        def count(octets: bytes) -> None:
+            read[0] += 1
+
+        listing = asyncio.create_task(charon.read_sas(count))
+        while not listing.done():
+            before = read[0]
+            await asyncio.sleep(0)
+            most = max(most, read[0] - before)
+        assert read == [1000] and most <= PIECE
+        await charon.close()
+
+    run(scenario())
 
 
 @pytest.mark.parametrize(
