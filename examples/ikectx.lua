@@ -47,7 +47,8 @@ local STATUSES = {
   [0xA9] = "OFFLOADED",
 }
 local ALGORITHMS = { [0] = "none", [1] = "HMAC_SHA1", [0xFF01] = "MN_TOKEN (HMAC-SHA-256)" }
-local PLACES = { [1] = "here", [2] = "moved", [3] = "ended", [4] = "end it" }
+local PLACES = { [1] = "here", [2] = "moved", [3] = "ended", [4] = "end it", [5] = "renamed", [6] = "came",
+  [7] = "ready" }
 local PURPOSES = { [1] = "announce", [2] = "arrive" }
 local PROTOCOLS = { [0] = "none", [1] = "IKE", [2] = "AH", [3] = "ESP" }
 local SPI_SIZES = { [1] = 8, [2] = 4, [3] = 4 }

@@ -11,6 +11,7 @@ from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import Ctaa, Ctar, CtReq, Message
 from ikectx.wire.tokens import Purpose, make_ctar, open_ctaa, token_key
+from ikectx.wire.whereabouts import NOBODY
 from tests.hand_loop import wall
 from tests.worlds import World
 
@@ -79,8 +80,13 @@ def serve(w: World, context: IkeContext, **more: Any) -> MobileNode:
     return MobileNode(context, **more)
 
 
+def of_transfers(w: World) -> list[Message]:
+    """What the gateways sent each other, but for notices of where SAs are and their answers."""
+    return [message for message in w.network.seen if getattr(message, "mn", None) != NOBODY]
+
+
 def kinds(w: World) -> list[type[Message]]:
-    return [type(message) for message in w.network.seen]
+    return [type(message) for message in of_transfers(w)]
 
 
 def requests(w: World) -> list[CtReq]:

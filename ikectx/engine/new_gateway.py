@@ -22,6 +22,7 @@ from ikectx.wire.profile import (
     encode_verdicts,
 )
 from ikectx.wire.reasons import encode_reasons, refusals
+from ikectx.wire.whereabouts import What, Whereabouts, notice
 
 from .effects import (
     Activate,
@@ -40,7 +41,7 @@ from .effects import (
 from .hints import advice
 from .journal import JournalEntry
 from .journaled import Parts, Run
-from .lines import Line
+from .lines import Line, Question
 from .ports import Evidence, MoveReport
 from .procedures import Gate, Steps, log
 from .tables import (
@@ -377,6 +378,15 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         served = self.machine.state is TargetState.PREPARING
         wanted = Prepare(context, self.keep, self.answers, self.relayed_by, served)
         self._prepared = yield from self.step(wanted)
+        if self.whole and not self._prepared.cannot_send:
+            self._say_ready(context)
+
+    def _say_ready(self, context: IkeContext) -> None:
+        """The old gateway may send packets for the mobile node on to here, before the CTDR, which says so as
+        well: therefore the notice is not repeated."""
+        if self.link is not None and self.link.error is None:
+            message, _ = notice([Whereabouts(context.spis, self._last.epoch, What.READY)])
+            self.link.ask(message, Question(None))
 
     def _take(self, context: IkeContext) -> Steps[None]:
         yield from self.step(Take(context, self._last, self.stored.peer))

@@ -155,7 +155,7 @@ class Notices:
 
 def _words(news: Whereabouts) -> str:
     words = {What.HERE: "it is there", What.MOVED: f"it moved to {news.to}", What.ENDED: "it ended"}
-    words[What.RENAMED] = "it has other SPIs there"
+    words |= {What.RENAMED: "it has other SPIs there", What.READY: "packets for it can be sent there"}
     return words.get(news.what, "it was ended there while it left")
 
 

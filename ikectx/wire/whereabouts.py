@@ -8,7 +8,7 @@ which holds for each SA
 
     what u8 | octets of the name u8 | SPIi 8 | SPIr 8 | epoch u64 | name
 
-    what: 1 here, 2 moved, 3 ended, 4 end it, 5 renamed, 6 came
+    what: 1 here, 2 moved, 3 ended, 4 end it, 5 renamed, 6 came, 7 ready
 
 A zero octet, or the end, ends the list, because blocks are padded with zeros (RFC 4067, 2.4). The SPIs are
 those that the SA had when it was handed on, and the epoch is the first of the gateway that took it; together
@@ -51,6 +51,9 @@ class What(OpenEnum):
     CAME = 6
     """The mobile node sends to the sender's own address now: the gateway that gave the SA need not relay it
     any more."""
+    READY = 7
+    """The sender, which does not serve the SA yet, can send its ESP: packets for the mobile node may be
+    sent on to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def spis_in(text: str) -> tuple[SaName, tuple[bytes, ...]]:
 _NAME_DIGITS = 32
 _MOST_DIGITS = _NAME_DIGITS + 27 * 8
 """Digits that fit into a name of 255 octets."""
-_KNOWN = (What.HERE, What.MOVED, What.ENDED, What.END, What.RENAMED, What.CAME)
+_KNOWN = (What.HERE, What.MOVED, What.ENDED, What.END, What.RENAMED, What.CAME, What.READY)
 
 
 def notice(all_news: Iterable[Whereabouts]) -> tuple[Ctd, list[Whereabouts]]:

@@ -21,7 +21,7 @@ from ikectx.wire.cxtp import Ctaa, Ctar, Ctc, Ctd, Message
 from ikectx.wire.tokens import Purpose
 from tests.across.test_turns import forged
 from tests.hand_loop import run, wall
-from tests.mobile_nodes import AWAY, requests, serve
+from tests.mobile_nodes import AWAY, kinds, requests, serve
 from tests.peers import Fate, a_context
 from tests.worlds import FAST, World, until, world
 
@@ -168,7 +168,7 @@ def test_a_copy_that_was_changed_where_the_token_covers_nothing_is_a_copy(source
                 assert await w.b.agent.ctar(changed, source) == (first if source == home else None)
             await w.quiet()
             assert len(requests(w)) == 1
-            assert sum(isinstance(each, Ctd) for each in w.network.seen) == 1
+            assert kinds(w).count(Ctd) == 1
             assert w.owner(mn.sa) == "b"
 
     run(scenario())

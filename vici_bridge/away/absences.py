@@ -255,6 +255,13 @@ class Away:
         self._change(row, replace(row, guests=(*guests, guest)))
         return guest
 
+    def ready(self, peer: str, sa: SaName, epoch: int) -> None:
+        """The gateway that the SA was handed to can send its ESP: packets are sent on from now on.
+        Idempotent. Errors: KernelError, StoreError."""
+        row = self._rows.get(sa.key)
+        if row is not None and (row.epoch, row.peer, row.stage) == (epoch, peer, Stage.HANDED):
+            self._change(row, row.told(News.READY))
+
     def renamed(self, peer: str, sa: SaName, epoch: int, name: SaName, esp: tuple[bytes, ...] = ()) -> None:
         """The SA has another name at the gateway that it was given to, or its mobile node receives ESP under
         other SPIs. Errors: KernelError, StoreError."""

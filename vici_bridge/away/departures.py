@@ -39,7 +39,7 @@ class Stage(StrEnum):
     LEAVING = "leaving"
     """This gateway has let go of the SA, or is about to, and may take it back."""
     HANDED = "handed"
-    """The same, at once and unprepared: the other gateway may send packets here until it has the SA."""
+    """The same, at once and unprepared: the other gateway may send packets here until it says otherwise."""
     AWAY = "away"
     """Another gateway serves the SA."""
     COMING = "coming"
@@ -62,6 +62,8 @@ class News(StrEnum):
     """The other gateway has confirmed that it serves the SA."""
     HERE = "here"
     """The gateway that the SA was given to has it."""
+    READY = "ready"
+    """The other gateway can send the SA's ESP, and sends no packets here."""
     MOVED = "moved"
     """A further gateway has the SA."""
     ENDS = "ends"
@@ -74,18 +76,21 @@ class News(StrEnum):
 
 STAGES: Mapping[tuple[Stage, News], Stage] = {
     (Stage.LEAVING, News.LEFT): Stage.AWAY,
+    (Stage.LEAVING, News.READY): Stage.LEAVING,
     (Stage.LEAVING, News.HERE): Stage.LEAVING,
     (Stage.LEAVING, News.MOVED): Stage.LEAVING,
     (Stage.LEAVING, News.ENDS): Stage.ENDED,
     (Stage.LEAVING, News.COMES): Stage.COMING,
     (Stage.LEAVING, News.STAYS): Stage.LEAVING,
     (Stage.HANDED, News.LEFT): Stage.AWAY,
+    (Stage.HANDED, News.READY): Stage.LEAVING,
     (Stage.HANDED, News.HERE): Stage.HANDED,
     (Stage.HANDED, News.MOVED): Stage.HANDED,
     (Stage.HANDED, News.ENDS): Stage.ENDED,
     (Stage.HANDED, News.COMES): Stage.COMING,
     (Stage.HANDED, News.STAYS): Stage.HANDED,
     (Stage.AWAY, News.LEFT): Stage.AWAY,
+    (Stage.AWAY, News.READY): Stage.AWAY,
     (Stage.AWAY, News.HERE): Stage.AWAY,
     (Stage.AWAY, News.MOVED): Stage.AWAY,
     (Stage.AWAY, News.ENDS): Stage.ENDED,
@@ -93,12 +98,14 @@ STAGES: Mapping[tuple[Stage, News], Stage] = {
     (Stage.AWAY, News.STAYS): Stage.AWAY,
     # this event belongs to the time before the SA began to come
     (Stage.COMING, News.LEFT): Stage.COMING,
+    (Stage.COMING, News.READY): Stage.COMING,
     (Stage.COMING, News.HERE): Stage.COMING,
     (Stage.COMING, News.MOVED): Stage.COMING,
     (Stage.COMING, News.ENDS): Stage.ENDED,
     (Stage.COMING, News.COMES): Stage.COMING,
     (Stage.COMING, News.STAYS): Stage.WAITING,
     (Stage.WAITING, News.LEFT): Stage.WAITING,
+    (Stage.WAITING, News.READY): Stage.WAITING,
     (Stage.WAITING, News.HERE): Stage.AWAY,
     (Stage.WAITING, News.MOVED): Stage.AWAY,
     (Stage.WAITING, News.ENDS): Stage.ENDED,
@@ -106,6 +113,7 @@ STAGES: Mapping[tuple[Stage, News], Stage] = {
     (Stage.WAITING, News.STAYS): Stage.WAITING,
     # a mobile node may return to the gateway that it left without any notice
     (Stage.ENDED, News.LEFT): Stage.ENDED,
+    (Stage.ENDED, News.READY): Stage.ENDED,
     (Stage.ENDED, News.HERE): Stage.AWAY,
     (Stage.ENDED, News.MOVED): Stage.AWAY,
     (Stage.ENDED, News.ENDS): Stage.ENDED,

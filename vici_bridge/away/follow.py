@@ -55,6 +55,9 @@ class Follow:
         if news.what == What.CAME:
             self._away.came(peer, news.sa, news.epoch)
             return
+        if news.what == What.READY:
+            self._away.ready(peer, news.sa, news.epoch)
+            return
         kind = _NEWS[news.what]
         departure = self._away.hear(peer, news.sa, news.epoch, kind, news.to)
         if departure is not None:

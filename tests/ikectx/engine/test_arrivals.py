@@ -18,14 +18,15 @@ from ikectx.engine.arrivals import (
     endpoint,
 )
 from ikectx.engine.tables import OSEQ_JUMP
-from ikectx.errors import BusyError, RefusedError
+from ikectx.errors import BusyError, RefusedError, WireError
 from ikectx.machine import Machine
 from ikectx.numbers import Status
 from ikectx.sa.context import Endpoint, IkeContext
 from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, CtReq, Pctd, TokenAlgorithm
 from ikectx.wire.tokens import Purpose, token_key
+from ikectx.wire.whereabouts import What, Whereabouts
 from tests.hand_loop import run
-from tests.mobile_nodes import AWAY, kinds, requests, serve
+from tests.mobile_nodes import AWAY, kinds, of_transfers, requests, serve
 from tests.peers import a_context, check_pair
 from tests.worlds import FAST, until, world
 
@@ -247,8 +248,72 @@ def test_an_mn_arrives_unannounced(address: str, new: str) -> None:
             assert w.a.daemon.calls == ["export", "freeze", "release"]
             assert w.b.daemon.calls == ["check", "prepare", "take", "activate"]
             assert w.b.daemon.served[mn.sa].remote == Endpoint.of(new, 4500)
-            assert {str(message.mn) for message in w.network.seen} == {address}
+            assert {str(message.mn) for message in of_transfers(w)} == {address}
             assert w.b.daemon.served[mn.sa].epoch == 1
+
+    run(scenario())
+
+
+def test_packets_can_be_sent_on_before_the_new_gateway_serves_the_sa() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            mn = serve(w, a_context())
+            heard: list[tuple[str, Whereabouts]] = []
+            w.a.agent._driver.hear = lambda peer, news: heard.append((peer, news))
+            may_take = w.b.daemon.wait["take"] = asyncio.Event()
+            answer = asyncio.create_task(w.b.agent.ctar(*mn.arrive()))
+            await w.b.reaches("take")
+            await until(lambda: heard)
+            assert mn.sa in w.a.daemon.frozen, "it may be taken back"
+            may_take.set()
+            assert mn.says(await answer) is Status.OK
+            await w.quiet()
+            assert w.owner(mn.sa) == "b"
+            assert heard == [("b", Whereabouts(mn.sa, 1, What.READY))]
+            assert w.a.daemon.calls == ["export", "freeze", "release"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("step", ["check", "prepare"])
+def test_no_packets_are_asked_for_where_they_cannot_be_sent(step: str) -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            mn = serve(w, a_context())
+            w.b.daemon.fail[step] = [RefusedError("no", status=Status.NOT_ALLOWED)]
+            assert mn.says(await w.b.agent.ctar(*mn.arrive())) is not Status.OK
+            await w.quiet()
+            assert w.owner(mn.sa) == "a"
+            assert of_transfers(w) == w.network.seen
+
+    run(scenario())
+
+
+def test_no_packets_are_asked_for_before_the_mn_knows_other_spis() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            mn = serve(w, a_context())
+            w.b.daemon.renaming.add(mn.sa)
+            await w.b.agent.ctar(*mn.arrive())
+            await w.quiet()
+            assert of_transfers(w) == w.network.seen
+
+    run(scenario())
+
+
+def test_an_old_gateway_that_knows_no_notice_waits_for_the_ctdr(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: Ctd) -> tuple[Whereabouts, ...]:
+        raise WireError("no such block")
+
+    async def scenario() -> None:
+        async with world() as w:
+            mn = serve(w, a_context())
+            monkeypatch.setattr("ikectx.engine.notices.parse_notice", unknown)
+            assert mn.says(await w.b.agent.ctar(*mn.arrive())) is Status.OK
+            await w.quiet()
+            assert w.owner(mn.sa) == "b"
+            denied = w.network.seen[-1] if w.network.seen[-1] not in of_transfers(w) else w.network.seen[-2]
+            assert isinstance(denied, Ctdr) and not denied.complete
 
     run(scenario())
 

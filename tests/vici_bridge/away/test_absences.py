@@ -381,6 +381,40 @@ def test_who_has_nothing_of_it_yet_may_send_its_packets_here() -> None:
     assert gateway.packet() == "sent on to 10.3.0.3"
 
 
+def test_packets_are_sent_on_as_soon_as_the_other_gateway_is_ready() -> None:
+    gateway = Gateway()
+    here = context()
+    policies = gateway.protect(here)
+    gateway.away.leave(here, "nsg", policies, unprepared=True)
+    gateway.kernel.delete_policy(policies[0])
+    gateway.away.ready("third", here.spis, 1)
+    gateway.away.ready("nsg", here.spis, 7)
+    gateway.away.ready("nsg", replace(here.generations[0], spi_i=b"another.").spis, 1)
+    assert gateway.packet() == "dropped", "it was given to nsg, in epoch 1"
+    for _ in range(2):
+        gateway.away.ready("nsg", here.spis, 1)
+        assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.begin()
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.away.left(here.spis)
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.away.comes(here)
+    gateway.away.ready("nsg", here.spis, 1)
+    assert gateway.packet() == "dropped", "late: nsg may send its packets here now"
+
+
+def test_an_sa_that_is_taken_back_is_not_sent_on_by_a_late_notice() -> None:
+    gateway = Gateway()
+    here = context()
+    policies = gateway.protect(here)
+    gateway.away.leave(here, "nsg", policies, unprepared=True)
+    gateway.away.ready("nsg", here.spis, 1)
+    gateway.away.back(here.spis)
+    gateway.away.ready("nsg", here.spis, 1)
+    assert gateway.packet() == "protected"
+    assert gateway.away.listing() == []
+
+
 def test_a_route_of_an_older_agent_stays(caplog: pytest.LogCaptureFixture) -> None:
     gateway = Gateway()
     gateway.store.put(KIND, context().spis[0].hex() + context().spis[1].hex(), b'["10.4.0.10/32"]')
@@ -427,6 +461,7 @@ STEPS: dict[str, Callable[[Gateway, IkeContext], Any]] = {
     "is ended": lambda gateway, here: [gateway.away.end(here.spis, unblock=False)],
     "comes, and stays": lambda gateway, here: [gateway.away.comes(here), gateway.away.stays(here)],
     "moves on": lambda gateway, here: [gateway.away.hear("nsg", here.spis, 1, News.MOVED, "third")],
+    "is awaited": lambda gateway, here: [gateway.away.ready("nsg", here.spis, 1)],
 }
 
 
@@ -438,7 +473,11 @@ def test_killed_between_any_two_steps(what: str, kernel: bool) -> None:
     for at in range(40):
         gateway = Gateway(kernel=kernel)
         here = context()
-        if what != "leaves":
+        if what == "is awaited":
+            policies = gateway.protect(here)
+            gateway.away.leave(here, "nsg", policies, unprepared=True)
+            gateway.kernel.delete_policy(policies[0])
+        elif what != "leaves":
             left(gateway)
         gateway.fuse.left = at
         try:

@@ -93,9 +93,10 @@ def test_the_stages_are_complete() -> None:
         assert bool(now.sent_on) == (stage in (Stage.LEAVING, Stage.AWAY))
         coming = now.told(News.COMES)
         assert coming.stage is Stage.COMING
-        for late in (News.HERE, News.MOVED, News.STAYS):
+        for late in (News.READY, News.HERE, News.MOVED, News.STAYS):
             assert coming.told(late).sent_on == (), "the other gateway may send its packets here"
         assert now.told(News.ENDS).sent_on == ()
+    assert replace(DEPARTURE, stage=Stage.HANDED).told(News.READY).sent_on
     waiting = replace(DEPARTURE, stage=Stage.COMING).told(News.STAYS)
     assert waiting.told(News.HERE).sent_on
 

@@ -162,6 +162,10 @@ class World:
             step()
             self.check()
         self.been.add(self.at)
+        ready = Whereabouts(before.spis, before.epoch + 1, What.READY)
+        if whole and self.dice.random() < 0.7:
+            source.follow.hear(to, ready)
+            self.check()
         target.origins.came(before, source.name, here.spis)
         if fails:
             target.drop()
@@ -174,6 +178,8 @@ class World:
             source.away.back(before.spis)
             source.origins.stays(before.spis)
             self.been.discard(self.at)
+            self.check()
+            source.follow.hear(to, ready)
             self.check()
             return
         target.record.sas = {here.spis: here}
