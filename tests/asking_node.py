@@ -176,6 +176,8 @@ class Gateways:
         self.prepares = True
         self.fails: Exception | None = None
         self.seen: list[tuple[str, str, bool]] = []
+        self.ahead: list[bool] = []
+        """Whether packets went by the new place already when the new gateway was asked."""
         self.machine: Handover | None = None
 
     async def __call__(
@@ -201,6 +203,7 @@ class Gateways:
             machine.moved(care_of, 0.0)
         progress(MobileState.ARRIVING, None)
         asked = bool(self.store.items(ASKED))
+        self.ahead.append(bool(self.mobile.went))
         self.seen.append((machine.mode.value, self.mobile.state, asked))
         machine.state = self.state
         return HandoverOutcome(

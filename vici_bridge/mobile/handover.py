@@ -3,10 +3,11 @@
 It joins the machine (`ikectx.node.mobility`), its sockets (`ikectx.net.mn_udp`) and the SA's side
 (`vici_bridge.effects.mobile`):
 
-    reactive     ahead · CTAR to the new gateway .. CTAA · readdress · loud
-                         quiet (beside)
-    predictive   CTAR to the old gateway .. CTAA; then, at the new place: as above, same sequence number;
-                 if refused there for a reason that another address can cure: as above, at each further one
+    reactive     CTAR to the new gateway .. CTAA · readdress · loud
+                 ahead · quiet (beside)
+    predictive   CTAR to the old gateway .. CTAA; then, at the new place: ahead, and as above, same sequence
+                 number; if refused there for a reason that another address can cure: as above, at each
+                 further one
 
 Without an authentic grant the SA is not changed: it is active again as it was. If charon is just looking for
 its gateway by itself (MOBIKE), the SA stays active until the new gateway has it, so that the request goes on.
@@ -75,6 +76,8 @@ Answering = Callable[
     [SaName, Endpoint, Collection[Address]], AbstractAsyncContextManager[asyncio.Future[IkeContext]]
 ]
 """`spis.SpiWatch.answering`, or a stand-in."""
+_FIRST = 3
+"""Rounds of the event loop in which the request leaves. It may take more of them: then it leaves later."""
 AFTER_IKE = 1.0
 """Seconds to wait for the new gateway's CTAA after it has sent an IKE request that only the serving gateway
 can make."""
@@ -305,16 +308,28 @@ class Handovers:
     async def _leave(self, run: HandoverRun, here: Endpoint) -> None:
         """The node is `here` now: its packets go on to the new gateway, and charon becomes passive."""
         sa, old = run.sa, run.context.local.address
-        gone = not self._outside.has(old)
-        if gone or run.machine.outcome.announced:
-            # else the old way may carry packets until the new gateway has the SA
-            await self._mobile.ahead(run.context, here, run.beyond(here))
+        gone, announced = not self._outside.has(old), run.machine.outcome.announced
         if gone and any(view.spis == sa and is_idle(view) for view in self._outside.known() or ()):
             run.machine.expects = self._mobile.recorded(sa).mid_responder
-            run.holding = asyncio.create_task(self._hold(run))
-        else:
-            await self._hold(run)
+            if announced:  # the new gateway decrypts already
+                await self._mobile.ahead(run.context, here, run.beyond(here))
+            self._note_asked(run)
+            run.holding = asyncio.create_task(self._behind(run, None if announced else here))
+            return
+        if gone or announced:
+            # else the old way may carry packets until the new gateway has the SA
+            await self._mobile.ahead(run.context, here, run.beyond(here))
+        await self._hold(run)
         self._note_asked(run)
+
+    async def _behind(self, run: HandoverRun, here: Endpoint | None) -> None:
+        """What the request need not wait for: packets leave from `here` (None: they do), and the SA becomes
+        passive."""
+        if here is not None:
+            for _ in range(_FIRST):
+                await asyncio.sleep(0)
+            await self._mobile.ahead(run.context, here, run.beyond(here))
+        await self._hold(run)
 
     async def _hold(self, run: HandoverRun) -> None:
         """Make the SA passive, unless charon is looking for its gateway: then later."""

@@ -58,7 +58,7 @@ def test_the_new_gateway_is_asked_before_charon_is_passive() -> None:
         report = await w.arrive()
         assert (report.result, report.exit_code) == ("moved", 0)
         assert w.gateways.seen == [("reactive", "ESTABLISHED", True)]
-        assert w.mobile.went == [(NEW, NSG)]
+        assert (w.gateways.ahead, w.mobile.went) == ([False], [(NEW, NSG)]), "packets wait for the request"
         assert w.steps() == ["quiet", "readdress", "loud"]
         machine = w.gateways.machine
         assert machine is not None and machine.expects == w.mobile.context.mid_responder
