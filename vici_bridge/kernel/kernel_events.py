@@ -36,10 +36,46 @@ _ADDRESSES = (5, 7, 9, 11)
 """The same without devices."""
 _DEVICE_OR_ADDRESS = (16, 17, 20, 21)
 """RTM_NEWLINK, DELLINK, NEWADDR, DELADDR."""
-_DELROUTE = 25
+_NEWROUTE, _DELROUTE = 24, 25
 _MAKER = 5
 """Position of the protocol that made a route in struct rtmsg."""
 _WAYS_SOON = 0.2
+
+
+_KIND_AT, _PORT_AT = 4, 12
+"""Where type and sender's netlink port stand in a message (struct nlmsghdr)."""
+_ALL, _NOTHING = (bpf.RET, 0xFFFFFFFF), (bpf.RET, 0)
+
+
+def _word(number: int, kind: str = "=I") -> int:
+    """A number of the kernel's as a filter sees it, which loads octets in the order of the network."""
+    return int.from_bytes(struct.pack(kind, number))
+
+
+def _by_others(ports: Collection[int]) -> list[bpf.Instruction]:
+    """Only datagrams that report what others than these netlink ports have changed. Each has the changes of
+    one of them only. Each move of an SA changes rules and routes, and the agent does not read all that."""
+    own: list[bpf.Line] = [(bpf.JEQ, _word(port), "own", "") for port in ports if port]
+    return bpf.assemble([(bpf.LD, _PORT_AT), *own, _ALL, "own", _NOTHING])
+
+
+def _of_ways(own: int) -> list[bpf.Instruction]:
+    """Only datagrams with what `changes_ways` looks for; the kernel reports each change of a route in one."""
+    return bpf.assemble(
+        [
+            (bpf.LDH, _KIND_AT),
+            (bpf.JEQ, _word(_NEWROUTE, "=H"), "other", ""),
+            (bpf.JEQ, _word(_DELROUTE, "=H"), "", "all"),
+            (bpf.LDB, HEADER.size + _MAKER),
+            (bpf.JEQ, PROTOCOL, "", "other"),
+            (bpf.LD, _PORT_AT),
+            (bpf.JEQ, _word(own), "other", "all"),
+            "all",
+            _ALL,
+            "other",
+            _NOTHING,
+        ]
+    )
 
 
 def _messages(data: bytes) -> list[tuple[int, int, bytes]] | None:
@@ -91,13 +127,7 @@ _POLICIES = (4,)
 _FLUSHPOLICY = 0x1D
 _POLICIES_SOON = 0.02
 _ONLY_FLUSHES = bpf.assemble(
-    [
-        (bpf.LDH, 4),
-        (bpf.JEQ, int.from_bytes(struct.pack("=H", _FLUSHPOLICY)), "", "other"),
-        (bpf.RET, 0xFFFFFFFF),
-        "other",
-        (bpf.RET, 0),
-    ]
+    [(bpf.LDH, _KIND_AT), (bpf.JEQ, _word(_FLUSHPOLICY, "=H"), "", "other"), _ALL, "other", _NOTHING]
 )
 """Each move changes policies, and the agent does not read all these events."""
 
@@ -158,14 +188,18 @@ def table_removals(
     tables: Collection[str], own: Callable[[], Collection[int]], changed: Callable[[], None]
 ) -> KernelEvents:
     """`changed` after each removal from these tables of nftables by another process. Errors: KernelError."""
-    return KernelEvents(
+    events = KernelEvents(
         NETFILTER, _NFTABLES, lambda data: removes_table(data, tables, own()), changed, _FIREWALL_SOON
     )
+    events.narrow(_by_others(own()))
+    return events
 
 
 def changes_of_ways(own: int, changed: Callable[[], None]) -> KernelEvents:
     """`changed` after changes of devices, addresses and our routes. Errors: KernelError."""
-    return KernelEvents(ROUTE, _WAYS, lambda data: changes_ways(data, own), changed, _WAYS_SOON)
+    events = KernelEvents(ROUTE, _WAYS, lambda data: changes_ways(data, own), changed, _WAYS_SOON)
+    events.narrow(_of_ways(own))
+    return events
 
 
 def changes_of_addresses(changed: Callable[[], None]) -> KernelEvents:
