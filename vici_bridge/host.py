@@ -156,7 +156,9 @@ class CharonHost:
         self.segments = Segments(self)
         self.rekeyed: deque[SaName] = deque(maxlen=REKEYED)
         self.changed: set[SaName] = set()
-        """SAs with news since `Looks` asked for them: charon told of it over HA, or they were deleted."""
+        """SAs with news since `Looks` asked for them: charon told of it over HA."""
+        self.gone: set[SaName] = set()
+        """SAs that this agent has made charon drop since then."""
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in. They may be muted before charon lists them."""
         self.charon_up = False
@@ -299,7 +301,7 @@ class CharonHost:
         try:
             for left, (key, value) in enumerate(self.record.dump(), 1 - len(names)):
                 if value is None:
-                    self.store.delete(_RECORD, key)
+                    self.store.delete(_RECORD, key, soon=soon or left < 0)
                 else:
                     self.store.put(_RECORD, key, value, soon=soon or left < 0)
             for name in names:
@@ -496,8 +498,8 @@ class CharonHost:
 
     @trace.spanned("delete in charon")
     async def delete(self, context: IkeContext, late: LatePackets | None = None) -> None:
-        """Make charon drop the IKE_SA silently, wait until it has gone, and restore what `late` has. Errors:
-        CharonError."""
+        """Make charon drop the IKE_SA silently, wait until it has gone, and restore what `late` has. The
+        caller's step writes that the record has forgotten it. Errors: CharonError."""
         await self.send(undo_messages(context, await self.version()))
         await self.put_back(late)
         end, pause = asyncio.get_running_loop().time() + DELETE_PATIENCE, 0.001
@@ -511,9 +513,10 @@ class CharonHost:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.05)
         self.record.forget(context.spis)
-        self.changed.add(context.spis)
+        self.changed.discard(context.spis)
+        self.gone.add(context.spis)
         self.segments.gone(context.spis)
-        self.save_soon()
+        self.save(soon=True)
 
     def end(self, sa: SaName) -> None:
         """Make charon delete an SA that it serves, and tell the mobile node. Raises nothing."""

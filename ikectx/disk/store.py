@@ -233,9 +233,11 @@ class SqliteStore:
             ).fetchone()
         return None if found is None else self._sealer.open(f"items|{kind}|{key}", found[0])
 
-    def delete(self, kind: str, key: str) -> None:
-        """Forget it; it need not exist."""
-        self._keep(("items", kind, key), None, False)
+    def delete(self, kind: str, key: str, *, soon: bool = False) -> None:
+        """See `ikectx.engine.ports.Store`."""
+        self._keep(("items", kind, key), None, soon)
+        if soon:
+            return
         with self._errors():
             if self._db.execute("PRAGMA freelist_count").fetchone()[0] > SPARE_PAGES:
                 # `execute` ends the statement after its first step, which gives back one page

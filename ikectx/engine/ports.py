@@ -365,7 +365,8 @@ class Store(Protocol):
 
     def get(self, kind: str, key: str) -> bytes | None: ...
 
-    def delete(self, kind: str, key: str) -> None: ...
+    def delete(self, kind: str, key: str, *, soon: bool = False) -> None:
+        """Forget it; it need not exist. `soon`: together with what is written next."""
 
     def items(self, kind: str) -> Sequence[tuple[str, bytes]]: ...
 

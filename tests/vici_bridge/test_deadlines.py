@@ -28,9 +28,10 @@ class MemoryStore:
     def get(self, kind: str, key: str) -> bytes | None:
         return self.waiting.get((kind, key), self.values.get((kind, key)))
 
-    def delete(self, kind: str, key: str) -> None:
+    def delete(self, kind: str, key: str, *, soon: bool = False) -> None:
         self.waiting[kind, key] = None
-        self.flush()
+        if not soon:
+            self.flush()
 
     def items(self, kind: str) -> list[tuple[str, bytes]]:
         self.flush()

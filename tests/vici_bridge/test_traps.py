@@ -49,10 +49,10 @@ def test_a_trap_comes_back_although_the_disk_was_full() -> None:
     class Full(MemoryStore):
         full = False
 
-        def delete(self, kind: str, key: str) -> None:
+        def delete(self, kind: str, key: str, *, soon: bool = False) -> None:
             if self.full:
                 raise StoreError("the disk is full")
-            super().delete(kind, key)
+            super().delete(kind, key, soon=soon)
 
     store, context = Full(), a_context()
     ours = (context.connection, context.children[0].name)

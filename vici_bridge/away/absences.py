@@ -193,7 +193,8 @@ class Away:
             self._change(row, None)
 
     def left(self, sa: SaName) -> Departure | None:
-        """The other gateway serves the SA: send its packets on, and log that. Idempotent.
+        """The other gateway serves the SA: send its packets on, and log that. Idempotent; the caller's step
+        writes what has changed.
 
         Returns the departure, None if there is none. Errors: KernelError, StoreError.
         """
@@ -202,7 +203,7 @@ class Away:
             return row
         now = row.told(News.LEFT)
         if row.stage is Stage.LEAVING:
-            self._keep(now)  # the kernel has the right routes and policies already
+            self._keep(now, soon=True)  # the kernel has the right routes and policies already
             self.passing.put(now.key, now.passed_on)
         else:
             self._change(row, now)
@@ -371,6 +372,7 @@ class Away:
         """The mobile node `who` has an SA here with these networks of both sides.
 
         Departures of the same node, or for the same addresses, end; returns those of which nothing is left.
+        The store forgets them with its next write, because here they end again at each start.
         Errors: KernelError, StoreError.
         """
         used, over = list(children), []
@@ -382,7 +384,7 @@ class Away:
             if left != row:
                 log.info("%s is here again: its packets are not sent on any more", who)
                 self._put_back(row)
-                self._change(row, None if left.empty else left)
+                self._change(row, None if left.empty else left, soon=True)
                 over += [row] if left.empty else []
         return over
 
@@ -518,8 +520,8 @@ class Away:
         keys = set(self._named.get(who, ())).union(*(self._named.get(text, ()) for text in texts))
         return [self._rows[key] for key in sorted(keys)]
 
-    def _keep(self, row: Departure) -> None:
-        self._store.put(KIND, row.key, row.dumps())
+    def _keep(self, row: Departure, *, soon: bool = False) -> None:
+        self._store.put(KIND, row.key, row.dumps(), soon=soon)
         self._leave_out(row.key)
         self._enter(row)
 
@@ -535,18 +537,19 @@ class Away:
             if not self._named[name]:
                 del self._named[name]
 
-    def _change(self, row: Departure, now: Departure | None) -> None:
-        """Change store and kernel to `now`, None: remove the departure. Errors: KernelError, StoreError."""
+    def _change(self, row: Departure, now: Departure | None, *, soon: bool = False) -> None:
+        """Change store (`soon`: with its next write) and kernel to `now`, None: remove the departure. Errors:
+        KernelError, StoreError."""
         if now is not None:
             now = self._led(now) if now.peer else now
-            self._keep(now)
+            self._keep(now, soon=soon)
             self._shut(now)
             self._lead(row, now)
             return
         self._leave_out(row.key)
         try:
             self._lead(row, None)
-            self._store.delete(KIND, row.key)
+            self._store.delete(KIND, row.key, soon=soon)
         except (KernelError, StoreError):
             self._enter(row)  # whoever tries again must find it
             raise

@@ -199,13 +199,14 @@ class Origins:
                 self._tell(row, What.RENAMED, spis_text(new, esp))
 
     def left(self, departure: Departure) -> None:
-        """The SA moved on from here; a peer that has it back needs no notice about it."""
+        """The SA moved on from here; a peer that has it back needs no notice about it. The caller's step
+        writes what has changed."""
         for row in self._now(departure.sa, Place.HERE, Place.ENDED):
             if row.peer == departure.peer:
-                self._forget(row)
+                self._forget(row, soon=True)
             else:
                 self._tell(row, What.MOVED, departure.peer)
-                self._keep(replace(row, place=Place.ON))
+                self._keep(replace(row, place=Place.ON), soon=True)
 
     def stays(self, sa: SaName) -> None:
         """The SA was to move on and did not. The gateway that was to get it may wait for a notice of one of
@@ -296,6 +297,6 @@ class Origins:
         self._store.put(_KIND, row.key, row.dumps(), soon=soon)
         self._rows[row.key] = row
 
-    def _forget(self, row: Origin) -> None:
-        self._store.delete(_KIND, row.key)  # first: where the disk is full it is tried again
+    def _forget(self, row: Origin, *, soon: bool = False) -> None:
+        self._store.delete(_KIND, row.key, soon=soon)  # first: where the disk is full it is tried again
         self._rows.pop(row.key, None)

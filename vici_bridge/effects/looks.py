@@ -69,6 +69,8 @@ class Looks:
         self._asked_at = self._listed_at = float("-inf")
         self._life = 0
         """Which charon was asked (`Listing.life`)."""
+        self._algorithms: Mapping[str, Mapping[str, str]] | None = None
+        """What it can do, which stays the same as long as it runs."""
         self._turn = asyncio.Lock()
         self._looking = Together(self._look_for)
         self._came: dict[SaName, SaView] = {}
@@ -88,13 +90,15 @@ class Looks:
             changed, life = self._host.changed, self._host.listing.life
             last, now = self._last, asyncio.get_running_loop().time()
             if life != self._life:  # the SAs of a charon that has ended are in nobody's way
-                last, self._life = None, life
+                last, self._life, self._algorithms = None, life, None
             if last is None or now - self._listed_at > LISTED or len(changed) > MANY:
                 self._last = last = await self._look(None)
                 self._listed_at = self._asked_at = now
             elif now - self._asked_at > AGE:
                 self._last = last = await self._look(last.present)
                 self._asked_at = now
+            while self._host.gone:
+                last.present.drop(self._host.gone.pop())
             # whoever installs an SA says what came of it
             while news := changed - self._coming.keys():
                 changed.difference_update(news)
@@ -131,13 +135,12 @@ class Looks:
             self._last = None
             self._came.clear()
             host.changed.clear()
+            host.gone.clear()
             present = Present(await host.views())
+        if self._algorithms is None:
+            self._algorithms = await host.vici.algorithms()
         seen = Seen(
-            await host.version(),
-            present,
-            await host.vici.pools(),
-            await host.vici.algorithms(),
-            host.listening(),
+            await host.version(), present, await host.vici.pools(), self._algorithms, host.listening()
         )
         if self._last is None:
             for view in (*self._came.values(), *(view for view, _ in self._coming.values())):
@@ -173,6 +176,7 @@ class Looks:
     def came(self, view: SaView, before: Iterable[SaName] = ()) -> None:
         """This SA came in, or has another name than `before`."""
         self._host.changed.discard(view.spis)
+        self._host.gone.discard(view.spis)
         if view.spis in self._coming:
             self._coming[view.spis] = view, self._coming[view.spis][1]
         if self._last is None:

@@ -1,8 +1,8 @@
 """Release: the old gateway clears away an SA that the other gateway serves.
 
-1. Note charon's view of the SA, because after its deletion the updown script could not be given it.
-2. Stop ESP that is still sent. Send packets for the mobile node on, which the freeze has blocked if the other
+1. Stop ESP that is still sent. Send packets for the mobile node on, which the freeze has blocked if the other
    gateway had nothing of the SA: they wait for this, so charon is asked for nothing before.
+2. Note charon's view of the SA, because after its deletion the updown script could not be given it.
 3. Take out traps by which charon would begin the SA anew. Make charon drop the SA silently, and restore its
    inbound SAs for some seconds, because late packets are on their way.
 4. Remove the rules that mute its messages. Report the departure to the gateways that it came from, and to the
@@ -75,7 +75,6 @@ async def _script(work: Leaving) -> None:
 RELEASE: LedgerStep[Leaving] = LedgerStep(
     "release",
     (
-        StepEffect("look", _look),
         StepEffect(
             "ESP stops",
             _stop_sending,
@@ -83,6 +82,7 @@ RELEASE: LedgerStep[Leaving] = LedgerStep(
         ),
         # charon's own SAs decrypt until here; from now on nothing of a relayed mobile node is for this charon
         StepEffect("packets follow", _send_on),
+        StepEffect("look", _look),
         StepEffect("traps", _untrap, when=lambda work: work.view is not None),
         StepEffect("delete in charon", _drop, when=lambda work: work.view is not None, probe=_gone),
         StepEffect("rules", _forget_rules),

@@ -98,9 +98,9 @@ class Store(MemoryStore):
         self.fuse.step()
         super().put(kind, key, value, soon=soon)
 
-    def delete(self, kind: str, key: str) -> None:
+    def delete(self, kind: str, key: str, *, soon: bool = False) -> None:
         self.fuse.step()
-        super().delete(kind, key)
+        super().delete(kind, key, soon=soon)
 
 
 class Gateway:
@@ -294,7 +294,7 @@ def test_what_a_full_disk_kept_is_taken_back_the_next_time(monkeypatch: pytest.M
     here = context()
     gateway.away.leave(here, "nsg", gateway.protect(here))
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise StoreError("database or disk is full")
 
     with monkeypatch.context() as disk:

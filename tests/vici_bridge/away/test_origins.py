@@ -295,7 +295,7 @@ def test_an_sa_that_did_not_come_is_forgotten_although_the_disk_was_full(
     origins, sa = world.nodes["b"].origins, world.sa
     origins.came(sa, "a", sa.spis)
 
-    def full(kind: str, key: str) -> None:
+    def full(kind: str, key: str, *, soon: bool = False) -> None:
         raise StoreError("the disk is full")
 
     with monkeypatch.context() as patch:

@@ -107,9 +107,12 @@ def test_news_of_single_sas_are_added_to_the_last_look(monkeypatch: pytest.Monke
         here.host.changed.add(second.spis)  # charon told of it over HA
         here.charon.sas.clear()
         here.charon.serve(second)
-        here.host.changed.add(first.spis)  # it was deleted
+        here.host.changed.add(first.spis)  # it was deleted by somebody
         assert [view.spis for view in (await here.sink._looks.look(first)).present.views] == [second.spis]
         assert asked == ["all", "one", "one"] and here.host.changed == set()
+        here.host.gone.add(second.spis)  # this agent has let it go
+        assert not list((await here.sink._looks.look(first)).present.views)
+        assert len(asked) == 3, "that is known"
         monkeypatch.setattr(looks_module, "MANY", 1)
         here.host.changed |= {second.spis, third.spis}
         await here.sink._looks.look(first)

@@ -510,9 +510,9 @@ class DyingStore(MemoryStore):
         self.step()
         super().put(kind, key, value, soon=soon)
 
-    def delete(self, kind: str, key: str) -> None:
+    def delete(self, kind: str, key: str, *, soon: bool = False) -> None:
         self.step()
-        super().delete(kind, key)
+        super().delete(kind, key, soon=soon)
 
     def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
         self.step()
