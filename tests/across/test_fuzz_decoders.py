@@ -95,7 +95,8 @@ NO_TARGET = {
     "numbers that the kernel gives in a fixed structure": "place._ours_by_acl plain._one_address_each"
     " sockets._look_for_losses control._user nat_relay.answered",
     "of octets made here": "core._show requests.pull packet_io.udp_datagram packet_io.bpf_program"
-    " watch.request_filter netlink._exchange netlink._numbered xfrm.cpu cxtp.compute_token",
+    " watch.request_filter netlink._exchange netlink._numbered xfrm.cpu cxtp.compute_token"
+    " kernel_events._word",
     "fixed fields of what is parsed already": "claims.check_spis message_ids._after packet_io._read",
     "any octets are a number, whose range `test_dh.py` tries": "dh._modp_shared dh._modp_power",
     "the answer of the helper, which is root's": "updown_helper.ask",
