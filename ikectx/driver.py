@@ -163,7 +163,7 @@ class Driver:
         """What observers will be told soon."""
         self._writes: list[Journal] = []
         """What is to be written as soon as nothing else is to be carried out."""
-        self._pumping = False
+        self._pumping = self._sent = False
         self._closed = False
         self._ended = False
         self._erasing: asyncio.TimerHandle | None = None
@@ -256,12 +256,14 @@ class Driver:
                 output = self.engine.next_output()
                 if output is not None:
                     self._carry_out(output)
-                elif self._writes:
+                elif self._writes and not self._sent:
                     self._write()
                 else:
                     break
         finally:
-            self._pumping = False
+            self._pumping = self._sent = False
+        if self._writes:  # messages leave first, since a disk takes longer
+            self._go_on_soon()
         self._arm()
         if self.engine.idle:
             self._quiet.set()
@@ -573,6 +575,7 @@ class Driver:
         link = self._open.get(number)
         if link is not None and link.error is None:
             link.send(message, octets)
+            self._sent = True
 
     def _opened(self, link: Link, accepted: bool) -> None:
         self._open[link.number] = link

@@ -140,8 +140,8 @@ class Notices:
         """Take in a peer's notice, and acknowledge it."""
         try:
             for news in parse_notice(message):
-                log.info("%s says of the SA %s: %s", line.peer.name, news.sa, _words(news))
                 yield Hear(line.peer.name, news)
+                log.info("%s says of the SA %s: %s", line.peer.name, news.sa, _words(news))
         except WireError as error:
             log.warning("%s sent a notice that does not parse: %s", line.label, error)
             answer(line, NOBODY, refusal(Status.MALFORMED))

@@ -261,7 +261,9 @@ class Away:
         Idempotent. Errors: KernelError, StoreError."""
         row = self._rows.get(sa.key)
         if row is not None and (row.epoch, row.peer, row.stage) == (epoch, peer, Stage.HANDED):
-            self._change(row, row.told(News.READY))
+            now = self._led(row.told(News.READY))
+            self._keep(now)
+            self._send_on(now)  # what was in the kernel stays
 
     def renamed(self, peer: str, sa: SaName, epoch: int, name: SaName, esp: tuple[bytes, ...] = ()) -> None:
         """The SA has another name at the gateway that it was given to, or its mobile node receives ESP under

@@ -17,6 +17,7 @@ from ikectx.engine.arrivals import (
     ArrivalState,
     endpoint,
 )
+from ikectx.engine.journal import JournalEntry
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import BusyError, RefusedError, WireError
 from ikectx.machine import Machine
@@ -271,6 +272,26 @@ def test_packets_can_be_sent_on_before_the_new_gateway_serves_the_sa() -> None:
             assert w.owner(mn.sa) == "b"
             assert heard == [("b", Whereabouts(mn.sa, 1, What.READY))]
             assert w.a.daemon.calls == ["export", "freeze", "release"]
+
+    run(scenario())
+
+
+def test_a_message_does_not_wait_for_the_disk() -> None:
+    """Beside the notice the journal is to be written, because the SA is taken next."""
+
+    async def scenario() -> None:
+        async with world() as w:
+            mn = serve(w, a_context())
+            write, said = w.b.store.write, dict[str, bool]()
+
+            def written(*entries: JournalEntry, durable: bool = True) -> None:
+                said.update({entry.state: of_transfers(w) != w.network.seen for entry in entries})
+                write(*entries, durable=durable)
+
+            w.b.store.write = written  # type: ignore[method-assign]
+            assert mn.says(await w.b.agent.ctar(*mn.arrive())) is Status.OK
+            await w.quiet()
+            assert (said["receiving"], said["owning"]) == (False, True)
 
     run(scenario())
 
