@@ -124,7 +124,8 @@ async def _go_on(work: Freezing) -> Facts:
 
 
 async def _note_policies(work: Freezing) -> Facts:
-    return {"policies": tuple(policy.raw for policy in outbound_of(work.host, work.context)[1])}
+    work.outbound = outbound_of(work.host, work.context)
+    return {"policies": tuple(policy.raw for policy in work.outbound[1])}
 
 
 async def _stop(work: Freezing) -> None:
@@ -171,7 +172,7 @@ def stop(work: Leaving) -> None:
     if host.kernel is None:
         host.away.leave(work.context, work.to, (), unprepared=work.unprepared, relay=work.relay)
         return
-    every, ours = outbound_of(host, work.context)
+    every, ours = work.outbound or outbound_of(host, work.context)
     host.away.leave(work.context, work.to, every, unprepared=work.unprepared, relay=work.relay)
     host.kernel.delete_policies(ours)
 
@@ -185,8 +186,8 @@ def stop_at_last(work: Leaving) -> None:
     """Stop the ESP that is still sent, as any other freeze has done before."""
     work.to = work.facts.sends_to
     if work.host.kernel is not None:
-        ours = outbound_of(work.host, work.context)[1]
-        work.host.leaving.note(work.sa, policies=tuple(policy.raw for policy in ours))
+        work.outbound = outbound_of(work.host, work.context)
+        work.host.leaving.note(work.sa, policies=tuple(policy.raw for policy in work.outbound[1]))
     stop(work)
 
 

@@ -56,6 +56,8 @@ class Leaving:
 
     sa: SaName = field(init=False)
     """See `runner.Work`."""
+    outbound: tuple[list[KernelPolicy], list[KernelPolicy]] | None = field(default=None, init=False)
+    """Its policies, as `outbound_of` found them in this step."""
 
     def __post_init__(self) -> None:
         self.sa = self.context.spis

@@ -18,9 +18,11 @@ from tests.across.test_go_on import served
 from tests.gateway_world import Place
 from tests.peers import a_context
 from tests.vici_bridge.vici.test_views import VIEW
+from vici_bridge.effects.leaving import outbound_of
 from vici_bridge.effects.sink import CharonSink
 from vici_bridge.effects.source import CharonSource
 from vici_bridge.ha.record import Rekeyed
+from vici_bridge.host import CharonHost
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.vici.views import SaView, sa_view
 
@@ -177,6 +179,22 @@ def test_an_sa_that_nobody_is_prepared_for_goes_however_much_was_sent() -> None:
             source.hands_over(context.spis)
             final = await source.freeze(context, "nsg")
             assert final.children[0].outbound.seq == here.sad.sas[sa.destination, sa.spi].replay.oseq
+
+    asyncio.run(scenario())
+
+
+def test_a_freeze_asks_the_kernel_for_its_policies_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SaName] = []
+
+    def counted(host: CharonHost, context: IkeContext) -> Any:
+        asked.append(context.spis)
+        return outbound_of(host, context)
+
+    async def scenario() -> None:
+        async with served() as (_, source, context):
+            monkeypatch.setattr("vici_bridge.effects.freeze.outbound_of", counted)
+            await source.freeze(await source.export(context.spis), "nsg")
+            assert asked == [context.spis]
 
     asyncio.run(scenario())
 
