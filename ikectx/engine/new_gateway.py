@@ -378,7 +378,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         served = self.machine.state is TargetState.PREPARING
         wanted = Prepare(context, self.keep, self.answers, self.relayed_by, served)
         self._prepared = yield from self.step(wanted)
-        if self.whole and not self._prepared.cannot_send:
+        # a mobile node that waits for no answer decrypts nothing from here before it has moved by IKE
+        if self.whole and self.answers and not self._prepared.cannot_send:
             self._say_ready(context)
 
     def _say_ready(self, context: IkeContext) -> None:

@@ -17,7 +17,7 @@ from ikectx.wire.cxtp import Ctd, Ctdr, CtReq
 from ikectx.wire.payloads import NoncePayload
 from tests.hand_loop import run
 from tests.ikectx.wire.test_packet_proof import fragments, request
-from tests.mobile_nodes import kinds, of_transfers, requests
+from tests.mobile_nodes import kinds, requests
 from tests.peers import Fate, a_context, fate_at
 from tests.worlds import ALL, FAST, World, world
 
@@ -44,7 +44,7 @@ def test_a_packet_brings_its_sa() -> None:
             assert (report.result, report.status, report.address) == ("moved", Status.OK, "mn")
             # the CT-Req names the only address b knows, the CTD the one a knows
             assert report.mn_address == "198.51.100.7"
-            assert [str(message.mn) for message in of_transfers(w)] == [
+            assert [str(message.mn) for message in w.network.seen] == [
                 *("203.0.113.5", "198.51.100.7", "198.51.100.7")
             ]
             assert kinds(w) == [CtReq, Ctd, Ctdr]
