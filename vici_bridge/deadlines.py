@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from ikectx.clock import steady_wall, this_start, uptime
@@ -63,61 +62,51 @@ class Deadlines:
             except StoreError:
                 store.delete(_KIND, key)
 
-    def keep(self, spis: SaName, child: bytes | None, due: float) -> None:
+    def keep(self, spis: SaName, child: bytes | None, due: float, *, soon: bool = True) -> None:
         """Note a deadline; the earlier of two stays."""
         up = uptime() + due - steady_wall()
         entry = Deadline(spis.key, child.hex() if child else "", due, this_start(), up)
         key = entry.key
         known = self._entries.get(key)
-        if known is None or entry.due < known.due:
+        if known is None or entry.due < known.due - 1:  # charon tells whole seconds
             self._entries[key] = entry
-            # with what is journaled next: it is noted while an SA is activated
-            self._store.put(_KIND, key, json.dumps(asdict(entry)).encode(), soon=True)
+            # with what is journaled next: most are noted while an SA is activated
+            self._store.put(_KIND, key, json.dumps(asdict(entry)).encode(), soon=soon)
 
-    def before_toggle(self, views: Iterable[SaView], wall: float) -> None:
-        """Keep every IKE_SA's own timer as a deadline, because the activation is about to start it anew."""
-        for view in views:
-            if view.state not in ("ESTABLISHED", "REKEYING"):
-                continue
-            self._seen.add(view.spis)
-            left = [seconds for seconds in (view.rekey, view.reauth) if seconds is not None]
-            if left:
-                self.keep(view.spis, None, wall + min(left))
-
-    def unseen(self, served: Iterable[SaName]) -> list[SaName]:
-        """Those of these SAs whose timers were not noted since they came up."""
-        return [sa for sa in served if sa not in self._seen]
+    def note(self, view: SaView, wall: float, *, soon: bool = True) -> None:
+        """Keep the IKE_SA's own timer as a deadline when it is first seen active, because the next activation
+        starts it anew. `soon`: see `Store.put`. Errors: StoreError, unless `soon`."""
+        if view.state not in ("ESTABLISHED", "REKEYING") or view.spis in self._seen:
+            return
+        self._seen.add(view.spis)
+        left = [seconds for seconds in (view.rekey, view.reauth) if seconds is not None]
+        if left:
+            self.keep(view.spis, None, wall + min(left), soon=soon)
 
     def gone(self, sa: SaName) -> None:
         """charon no longer has the SA."""
         self._seen.discard(sa)
 
-    def settle(self, views: Iterable[SaView], wall: float) -> list[tuple[Deadline, SaView]]:
-        """Drop deadlines of SAs that are gone, or that charon rekeys early enough itself; return those due
-        now.
+    def due(self, wall: float) -> list[Deadline]:
+        """Those that are due. Each stays due until `asked` or `later` is called for it, or `settle` drops
+        it."""
+        return [entry for entry in self._entries.values() if entry.due <= wall]
 
-        A due deadline stays due until `asked` is called for it.
-        """
-        known = {view.spis.key: view for view in views}
-        due = []
-        for key, entry in list(self._entries.items()):
-            view = known.get(entry.spis)
-            if view is None:
-                self._drop(key)
-                continue
-            if entry.child:
-                timers = [child.rekey for child in view.children if child.spi_in.hex() == entry.child]
-                if not timers:
-                    self._drop(key)
-                    continue
-            else:
-                timers = [view.rekey, view.reauth]
-            own = [seconds for seconds in timers if seconds is not None]
-            if own and wall + min(own) <= entry.due + MARGIN:
-                self._drop(key)
-            elif entry.due <= wall:
-                due.append((entry, view))
-        return due
+    def settle(self, entry: Deadline, view: SaView | None, wall: float) -> bool:
+        """Whether charon is to be asked for that rekey: not if the SA is gone, or charon rekeys it early
+        enough itself. Then the deadline is dropped. `view`: the SA, None: charon does not have it."""
+        timers: list[int | None] = []
+        there = view is not None and not entry.child
+        if view is not None and not entry.child:
+            timers = [view.rekey, view.reauth]
+        elif view is not None:
+            timers = [child.rekey for child in view.children if child.spi_in.hex() == entry.child]
+            there = bool(timers)
+        own = [seconds for seconds in timers if seconds is not None]
+        if not there or (own and wall + min(own) <= entry.due + MARGIN):
+            self._drop(entry.key)
+            return False
+        return True
 
     def asked(self, entry: Deadline) -> None:
         """charon has been asked for that rekey. Errors: StoreError; it is not asked again by this agent."""

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from ikectx.clock import steady_wall
 from ikectx.errors import CharonError, IkectxError, StoreError, WireError
+from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView
 
 from .deadlines import Deadline, Deadlines
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 REKEY_AGAIN = 5.0
 """Seconds until charon is asked again for a rekey that it did not begin."""
 
+Look = Callable[[SaName], Awaitable[SaView | None]]
+"""An SA as charon has it now, None: it has no such SA. Errors: CharonError, WireError."""
 Views = Callable[[], Awaitable[list[SaView]]]
 """All IKEv2 SAs of charon. Errors: CharonError, WireError."""
 Rekey = Callable[[int | None, int | None], Awaitable[None]]
@@ -27,9 +30,12 @@ Rekey = Callable[[int | None, int | None], Awaitable[None]]
 class DueRekeys:
     """The watch over `deadlines`, and over the keys that are to be `fresh` after a move."""
 
-    def __init__(self, deadlines: Deadlines, fresh: FreshKeys, views: Views, rekey: Rekey) -> None:
+    def __init__(
+        self, deadlines: Deadlines, fresh: FreshKeys, look: Look, views: Views, rekey: Rekey
+    ) -> None:
         self._deadlines = deadlines
         self._fresh = fresh
+        self._look = look
         self._views = views
         self._rekey = rekey
 
@@ -48,18 +54,19 @@ class DueRekeys:
                 log.warning("lifetimes cannot be watched now: %s", error)
 
     async def _ask_rekeys(self) -> None:
-        views = await self._views()
         trouble: IkectxError | None = None
-        for entry, view in self._deadlines.settle(views, steady_wall()):
+        for entry in self._deadlines.due(steady_wall()):
             try:
-                await self._ask_rekey(entry, view)
-                self._deadlines.asked(entry)
+                view = await self._look(SaName.from_key(entry.spis))
+                if self._deadlines.settle(entry, view, steady_wall()) and view is not None:
+                    await self._ask_rekey(entry, view)
+                    self._deadlines.asked(entry)
             except (CharonError, WireError) as error:  # the other rekeys are asked for all the same
                 trouble = error
                 self._deadlines.later(entry, steady_wall() + REKEY_AGAIN)
             except StoreError as error:
                 trouble = error
-        for what, number in self._fresh.due(views, steady_wall()):
+        for what, number in self._fresh.due(await self._views(), steady_wall()) if self._fresh else ():
             log.info("asking for fresh keys: %s %d", what, number)
             try:
                 if what == "ike":

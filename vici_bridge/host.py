@@ -64,6 +64,7 @@ from .deadlines import Deadlines
 from .doubts import Doubts
 from .due_rekeys import DueRekeys
 from .host_config import HostConfig
+from .known import Known
 from .known_agents import KnownAgents
 from .last_heard import LastHeard
 from .orphans import Orphans
@@ -155,10 +156,7 @@ class CharonHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self.segments = Segments(self)
         self.rekeyed: deque[SaName] = deque(maxlen=REKEYED)
-        self.changed: set[SaName] = set()
-        """SAs with news since `Looks` asked for them: charon told of it over HA."""
-        self.gone: set[SaName] = set()
-        """SAs that this agent has made charon drop since then."""
+        self.known = Known(self)
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in. They may be muted before charon lists them."""
         self.charon_up = False
@@ -200,7 +198,9 @@ class CharonHost:
             self.reloads.watch()
         self.vici.watch(self._charon_state, None if self.config.mobile_node else self._moves)
         self.spawn(self.traps.watch())
-        self.spawn(DueRekeys(self.deadlines, self.fresh, self.views, self._rekey).watch())
+        if not self.config.mobile_node:
+            self.spawn(self.known.watch())
+        self.spawn(DueRekeys(self.deadlines, self.fresh, self._due, self.views, self._rekey).watch())
 
     def _flushed(self) -> None:
         log.warning("somebody removed all IPsec policies (a flush?): this agent's are back, charon's are not")
@@ -272,7 +272,7 @@ class CharonHost:
                 self.doubts.told(name, initiator)
             case _:
                 concerned = _concerned(change)
-                self.changed |= concerned
+                self.known.heed(concerned)
                 self.listing.outdate(concerned)
         if isinstance(change, Rekeyed):
             self.rekeyed.append(change.old)
@@ -319,6 +319,7 @@ class CharonHost:
             return
         self.charon_up = up
         self.listing.forget()
+        self.known.forget()
         self._unconfirmed.begin()
         if up:
             self.spawn(self._reconcile())
@@ -329,14 +330,17 @@ class CharonHost:
         """charon's event `ike-update`: where the SA's mobile node is now, and the SA as it was."""
         for name, body in told.items():
             if isinstance(body, dict):
-                self.follow.moves(sa_view(name, body).spis, str(told.get("remote-host", "")))
+                sa = sa_view(name, body).spis
+                self.follow.moves(sa, str(told.get("remote-host", "")))
+                if sa in self.record:
+                    self.known.heed([sa])
 
     async def _reconcile(self) -> None:
         """After charon came (back): forget SAs that it no longer has."""
         await self._ask_version()
         self._ha.hear()
         mark = self.record.mark()
-        views = await self.views()
+        views = await self.known.list_all()
         listed = {view.spis for view in views}
         gone = self.record.retain(listed, mark)
         self.save()
@@ -460,6 +464,10 @@ class CharonHost:
         names = self.record.alike(sa) if sa in self.record else []
         return [view for name in names if (view := await self.view(name)) is not None]
 
+    def marked(self) -> bool:
+        """Whether any SA has a mark or an if_id."""
+        return self.kernel is not None and self.kernel.marked
+
     async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
         """One of charon's SAs by its SPIs; `search`: also among all, if its unique ID is not known."""
         view = await self.listing.view(sa, search=search)
@@ -513,8 +521,7 @@ class CharonHost:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.05)
         self.record.forget(context.spis)
-        self.changed.discard(context.spis)
-        self.gone.add(context.spis)
+        self.known.drop(context.spis)
         self.segments.gone(context.spis)
         self.save(soon=True)
 
@@ -570,10 +577,6 @@ class CharonHost:
                 return address
         raise NoAddressError(context.remote.address.version)
 
-    def served(self) -> list[SaName]:
-        """SAs that charon reported and that are not just being taken in."""
-        return [sa for sa in self.record.names() if not self.importing(sa)]
-
     async def half_open(self) -> int:
         """SAs that charon is setting up. Errors: CharonError, WireError."""
         return await self.vici.half_open()
@@ -581,6 +584,10 @@ class CharonHost:
     async def resync(self) -> None:
         """Make charon report its IKE_SAs again; it rekeys all CHILD_SAs of its segments, too."""
         await self.send([ha.resync(await self.version(), [1])])
+
+    async def _due(self, sa: SaName) -> SaView | None:
+        """An SA that is to be rekeyed; one that has gone is not searched among all."""
+        return await self.view(sa, search=sa in self.record)
 
     async def _rekey(self, ike_id: int | None, child_id: int | None) -> None:
         await self.vici.rekey(ike_id=ike_id, child_id=child_id)

@@ -3,55 +3,47 @@
 The ha plugin knows no single SA, only segments (strongSwan 5.9.8 to 6.0.6). So one toggle activates all SAs
 that came in until then, and restarts the timers of every SA. What that needs to know of charon costs no
 listing: how many SAs are half-open is a number of charon's (`stats`), and the timers of an SA are noted once,
-when it was first seen active (`Deadlines`). Only for an SA that came up here since then all are listed.
+when it is first seen active (`Known`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable
 from typing import Any, Protocol
 
 from ikectx import trace
-from ikectx.clock import steady_wall
 from ikectx.errors import IkectxError
 from ikectx.sa.name import SaName
 from vici_bridge.ha import messages as ha
-from vici_bridge.vici.views import SaView
-
-from .deadlines import Deadlines
 
 SOON = 0.005
 """Seconds after a toggle for which the next one waits: calls of that time share it. The first does not wait,
 because the packets of a mobile node may."""
 
-FEW = 32
-"""SAs that are asked for one by one before a toggle, in one go; more are asked for by a list of all."""
+
+class SasKnown(Protocol):
+    """`Known`."""
+
+    async def now(self) -> object:
+        """Learn what charon has reported by now, and note the timers of new SAs. Errors: CharonError,
+        WireError."""
 
 
 class Side(Protocol):
     """charon, as the host of the agent knows it."""
 
-    deadlines: Deadlines
+    known: SasKnown
 
     async def half_open(self) -> int:
         """SAs that are being set up. Errors: CharonError."""
-
-    async def views(self) -> list[SaView]:
-        """All SAs. Errors: CharonError, WireError."""
-
-    async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
-        """One SA; `search`: also among all, if its unique ID is not known. Errors: as `views`."""
 
     async def version(self) -> int:
         """The HA wire version. Errors: CharonError."""
 
     async def send(self, messages: Iterable[ha.HaMessage]) -> None:
         """Orders to charon. Errors: CharonError."""
-
-    def served(self) -> Sequence[SaName]:
-        """SAs that charon reported and that are not just being taken in."""
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run it in the background."""
@@ -115,26 +107,11 @@ class Segments:
                 return
             await asyncio.sleep(0.1)
 
-    async def _unseen(self) -> Sequence[SaView]:
-        """The SAs whose timers were not noted since they came up; all, if more than `FEW` came up, or charon
-        does not know one of them. Errors: CharonError, WireError.
-
-        charon's list of 1,000 SAs takes 0.4 s (5.9.8), and the SA of a move becomes active only after it.
-        """
-        side = self._side
-        unseen = side.deadlines.unseen(side.served())
-        if len(unseen) <= FEW:
-            found = await asyncio.gather(*(side.view(sa, search=False) for sa in unseen))
-            views = [view for view in found if view is not None]
-            if len(views) == len(unseen):
-                return views
-        return await side.views()
-
     async def _toggle_soon(self, done: asyncio.Future[None]) -> None:
         side, loop = self._side, asyncio.get_running_loop()
         try:
             await asyncio.sleep(self._toggled + SOON - loop.time())
-            side.deadlines.before_toggle(await self._unseen(), steady_wall())
+            await side.known.now()
             await self._none_half_open()
             version = await side.version()
             self._toggle, self._toggled = None, loop.time()  # later calls wait for the next toggle

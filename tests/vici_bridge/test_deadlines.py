@@ -73,12 +73,12 @@ def test_the_earlier_deadline_stays_and_survives_a_restart() -> None:
 def test_b8_a_due_deadline_is_returned_until_charon_was_asked() -> None:
     deadlines = Deadlines(MemoryStore())
     deadlines.keep(SA.spis, None, 500.0)
-    assert deadlines.settle([SA], 499.0) == []
-    ((entry, view),) = deadlines.settle([SA], 501.0)
-    assert view is SA and entry.child == ""
+    assert deadlines.due(499.0) == []
+    (entry,) = deadlines.due(501.0)
+    assert entry.child == "" and deadlines.settle(entry, SA, 501.0)
     deadlines.later(entry, 506.0)  # charon could not be asked
-    assert deadlines.settle([SA], 505.0) == []
-    ((entry, _),) = deadlines.settle([SA], 507.0)
+    assert deadlines.due(505.0) == []
+    (entry,) = deadlines.due(507.0)
     deadlines.asked(entry)
     assert deadlines.next_due() is None
 
@@ -86,7 +86,8 @@ def test_b8_a_due_deadline_is_returned_until_charon_was_asked() -> None:
 def test_a_deadline_is_dropped_where_charon_rekeys_before_it() -> None:
     deadlines = Deadlines(MemoryStore())
     deadlines.keep(SA.spis, None, 500.0)
-    assert deadlines.settle([replace(SA, rekey=100)], 300.0) == []
+    (entry,) = deadlines.due(500.0)
+    assert not deadlines.settle(entry, replace(SA, rekey=5), 500.0)
     assert deadlines.next_due() is None
 
 
@@ -94,20 +95,26 @@ def test_deadlines_of_what_is_gone_are_forgotten() -> None:
     deadlines = Deadlines(MemoryStore())
     deadlines.keep(SA.spis, b"\x01\x02\x03\x04", 500.0)
     deadlines.keep(SaName(bytes(8), bytes(8)), None, 500.0)
-    assert deadlines.settle([SA], 600.0) == []
+    child, ike = deadlines.due(600.0)
+    assert not deadlines.settle(child, SA, 600.0)
+    assert not deadlines.settle(ike, None, 600.0)
     assert deadlines.next_due() is None
 
 
 def test_a_child_has_a_deadline_of_its_own() -> None:
     deadlines = Deadlines(MemoryStore())
     deadlines.keep(SA.spis, SA.children[0].spi_in, 500.0)
-    ((entry, _),) = deadlines.settle([SA], 501.0)
-    assert entry.child == "c1234567"
+    (entry,) = deadlines.due(501.0)
+    assert entry.child == "c1234567" and deadlines.settle(entry, SA, 501.0)
 
 
-def test_an_activation_notes_the_timers_of_all_others() -> None:
+def test_the_timer_of_an_sa_is_noted_once_when_it_is_active() -> None:
     deadlines = Deadlines(MemoryStore())
-    deadlines.before_toggle([SA, replace(SA, state="PASSIVE", spi_i=bytes(8))], 1000.0)
+    deadlines.note(replace(SA, state="PASSIVE"), 1000.0)
+    assert deadlines.next_due() is None
+    deadlines.note(SA, 1000.0)
+    assert deadlines.next_due() == 1000.0 + 13012
+    deadlines.note(replace(SA, rekey=10), 1000.0)  # a toggle has started it anew
     assert deadlines.next_due() == 1000.0 + 13012
 
 

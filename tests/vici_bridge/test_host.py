@@ -444,14 +444,14 @@ def test_b8_lifetimes_are_watched_on_after_an_error_and_none_is_forgotten(
                 host.deadlines.keep(context.spis, None, 1.0)
             fails = [StoreError("the disk is full")]
 
-            def settle(*args: Any) -> Any:
+            def due(*args: Any) -> Any:
                 if fails:
                     raise fails.pop()
-                return Deadlines.settle(host.deadlines, *args)
+                return Deadlines.due(host.deadlines, *args)
 
-            monkeypatch.setattr(host.deadlines, "settle", settle)
+            monkeypatch.setattr(host.deadlines, "due", due)
             watcher = asyncio.create_task(
-                DueRekeys(host.deadlines, host.fresh, host.views, host._rekey).watch()
+                DueRekeys(host.deadlines, host.fresh, host.view, host.views, host._rekey).watch()
             )
             async with asyncio.timeout(5):
                 await until(lambda: vici.asked == [1, 2, 1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,42 +11,30 @@ import pytest
 from ikectx.errors import CharonError
 from ikectx.sa.name import SaName
 from tests import hand_loop
-from tests.vici_bridge.test_deadlines import SA, MemoryStore
-from vici_bridge.deadlines import Deadlines
 from vici_bridge.ha.messages import HaMessage, HaType
-from vici_bridge.segments import FEW, SOON, Segments
-from vici_bridge.vici.views import SaView
+from vici_bridge.segments import SOON, Segments
 
 NEW = SaName(b"new new ", b"sa sa sa")
 
 
 class Side:
-    """A charon with one SA of its own."""
+    """A charon, which notes what it is asked and told."""
 
     def __init__(self) -> None:
-        self.deadlines = Deadlines(MemoryStore())
+        self.known = self
         self.asked: list[str] = []
         self.sent: list[HaType] = []
         self.setting_up = 0
-        self.sas: list[SaView] = [SA]
-        self.unknown: set[SaName] = set()
-        """SAs whose unique IDs are not known."""
         self.error: CharonError | None = None
         self.tasks: set[asyncio.Task[None]] = set()
+
+    async def now(self) -> None:
+        self.asked.append("known")
 
     async def half_open(self) -> int:
         self.asked.append("half-open")
         self.setting_up -= bool(self.setting_up)
         return self.setting_up
-
-    async def views(self) -> list[SaView]:
-        self.asked.append("all")
-        return self.sas
-
-    async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
-        assert not search
-        self.asked.append("one")
-        return next((view for view in self.sas if view.spis == sa and sa not in self.unknown), None)
 
     async def version(self) -> int:
         return 3
@@ -57,51 +44,19 @@ class Side:
             raise self.error
         self.sent += [message.type for message in messages]
 
-    def served(self) -> list[SaName]:
-        return [view.spis for view in self.sas]
-
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
 
-def more(number: int) -> list[SaView]:
-    return [replace(SA, spi_i=n.to_bytes(8)) for n in range(1, number + 1)]
-
-
-def test_only_sas_that_came_up_since_the_last_toggle_are_asked_for() -> None:
+def test_timers_are_noted_before_a_toggle_starts_them_anew() -> None:
     async def scenario() -> None:
         side = Side()
         segments = Segments(side)
-        side.sas += more(FEW - 1)
-        for _ in range(3):
-            await segments.activate()
-        assert [side.asked.count(what) for what in ("one", "all")] == [FEW, 0]
-        assert side.sent == [HaType.SEGMENT_TAKE, HaType.SEGMENT_DROP] * 3
-        side.sas.append(replace(SA, spi_i=NEW.spi_i, spi_r=NEW.spi_r))
         await segments.activate()
-        await segments.activate()
-        assert [side.asked.count(what) for what in ("one", "all")] == [FEW + 1, 0]
-        assert side.deadlines.unseen(side.served()) == []
-
-    asyncio.run(scenario())
-
-
-def test_all_sas_are_listed_where_many_came_up_or_one_cannot_be_asked_for() -> None:
-    async def scenario() -> None:
-        side = Side()
-        side.sas += more(FEW)
-        segments = Segments(side)
-        await segments.activate()
-        await segments.activate()
-        assert [side.asked.count(what) for what in ("one", "all")] == [0, 1]
-        side.sas.append(replace(SA, spi_i=NEW.spi_i, spi_r=NEW.spi_r))
-        side.unknown.add(NEW)
-        await segments.activate()
-        await segments.activate()
-        assert [side.asked.count(what) for what in ("one", "all")] == [1, 2]
-        assert side.deadlines.unseen(side.served()) == []
+        assert side.asked == ["known", "half-open"]
+        assert side.sent == [HaType.SEGMENT_TAKE, HaType.SEGMENT_DROP]
 
     asyncio.run(scenario())
 

@@ -68,10 +68,9 @@ def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveRe
 async def _toggle(work: Coming) -> None:
     await work.host.segments.activate(work.shape.spis)
     work.listed = view = await _established(work.host, work.shape)
-    work.host.deadlines.before_toggle([view], steady_wall())  # the next one starts its timers anew
     # its names may have changed since it was taken in
     before = [shape.spis for shape in work.renames.names(work.here)]
-    work.looks.came(view, before)
+    work.host.known.put(view, before)
 
 
 @trace.spanned("charon activates")

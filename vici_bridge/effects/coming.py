@@ -24,7 +24,7 @@ from vici_bridge.vici.views import SaView
 
 from .early import Early
 from .leaving import tagged
-from .looks import Looks, Seen
+from .looks import Seen
 from .renames import Renames
 
 _T = TypeVar("_T")
@@ -112,7 +112,6 @@ class Coming:
 
     host: CharonHost
     renames: Renames
-    looks: Looks
     memory: Memory
     early: Early
     sa: SaName

@@ -1,10 +1,8 @@
 """`Looks`: charon's state at the time when SAs come in, asked once for many of them. I/O.
 
-An SA may come in only if no SA here has its names, addresses or networks. With a thousand SAs charon takes a
-tenth of a second to answer, and the answer as long to parse. So the list of some seconds ago will do, with
-the changes since: SAs that came in themselves (`came`), and those of which charon has told over HA that
-something is new, or that were deleted, each of which is asked for alone. Names are compared and taken by one
-SA after the other, because two may want the same.
+An SA may come in only if no SA here has its names, addresses or networks. Which SAs there are is known
+without asking for all of them (`Known`). Names are compared and taken by one SA after the other, because two
+may want the same.
 """
 
 from __future__ import annotations
@@ -35,22 +33,18 @@ from vici_bridge.policy.checks import (
 )
 from vici_bridge.policy.present import Present
 from vici_bridge.vici.codec import Message
-from vici_bridge.vici.views import ARRIVING, SaView, arriving_view
+from vici_bridge.vici.views import SaView, arriving_view
 
 AGE = 0.1
 """Seconds for which charon's answers about its configuration will do; who loads another one expects it to
 count."""
-LISTED = 10.0
-"""Seconds for which the list of its SAs will do, with the changes since."""
-MANY = 32
-"""SAs with news at most that are asked for one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """charon's answers. `version`: its HA wire version. `present`: its SAs, up to date as long as this look
-    is the last one. `connections`: that of the SA, if there is one, and the others if they matter for it.
-    `listening`: whether its end of the HA link exists."""
+    """charon's answers. `version`: its HA wire version. `present`: its SAs (`Known`). `connections`: that of
+    the SA, if there is one, and the others if they matter for it. `listening`: whether its end of the HA link
+    exists."""
 
     version: int
     present: Present
@@ -61,58 +55,41 @@ class Seen:
 
 
 class Looks:
-    """The looks of one gateway, and the SAs that came in since the last one."""
+    """The looks of one gateway."""
 
     def __init__(self, host: CharonHost) -> None:
         self._host = host
         self._last: Seen | None = None
-        self._asked_at = self._listed_at = float("-inf")
-        self._life = 0
-        """Which charon was asked (`Listing.life`)."""
-        self._algorithms: Mapping[str, Mapping[str, str]] | None = None
-        """What it can do, which stays the same as long as it runs."""
+        self._asked_at = float("-inf")
+        self._algorithms: tuple[int, Mapping[str, Mapping[str, str]]] | None = None
+        """Which charon was asked (`Known.life`), and what it can do, which stays so as long as it runs."""
         self._turn = asyncio.Lock()
         self._looking = Together(self._look_for)
-        self._came: dict[SaName, SaView] = {}
-        """SAs that came in while charon is asked for all."""
         self._asked: dict[str | None, tuple[float, Mapping[str, Message]]] = {}
         """When charon was asked for the connection of that name (None: for all), and what it said."""
-        self._coming: dict[SaName, tuple[SaView, asyncio.Future[None]]] = {}
-        """SAs that are being installed: what is known of them, and when that is over."""
+        self._coming: dict[SaName, asyncio.Future[None]] = {}
+        """SAs that are being installed, and when that is over."""
 
     async def look(self, context: IkeContext) -> Seen:
         """charon's state, for an SA that comes in. Errors: CharonError, WireError."""
         return await self._looking.join(context)
 
+    async def again(self, here: IkeContext) -> None:
+        """Have the SAs that may share something with this one asked for again by the next look. Errors: as
+        `look`."""
+        present = self._host.known.present
+        await self._host.known.again(
+            view.spis for view in (*present.rivals(here), *present.same_identity(here))
+        )
+
     async def _look_for(self, contexts: Sequence[IkeContext]) -> Sequence[Seen]:
         async with self._turn:
-            self._host.hear()  # what charon has told by now counts
-            changed, life = self._host.changed, self._host.listing.life
-            last, now = self._last, asyncio.get_running_loop().time()
-            if life != self._life:  # the SAs of a charon that has ended are in nobody's way
-                last, self._life, self._algorithms = None, life, None
-            if last is None or now - self._listed_at > LISTED or len(changed) > MANY:
-                self._last = last = await self._look(None)
-                self._listed_at = self._asked_at = now
-            elif now - self._asked_at > AGE:
-                self._last = last = await self._look(last.present)
-                self._asked_at = now
-            while self._host.gone:
-                last.present.drop(self._host.gone.pop())
-            # whoever installs an SA says what came of it
-            while news := changed - self._coming.keys():
-                changed.difference_update(news)
-                try:
-                    views = await asyncio.gather(*map(self._host.view, news))
-                except BaseException:
-                    changed.update(news)
-                    raise
-                for sa, view in zip(news, views, strict=True):
-                    if view is None:
-                        last.present.drop(sa)
-                    else:
-                        last.present.put(view)
-            return [replace(last, connections=await self._connections(context)) for context in contexts]
+            now = asyncio.get_running_loop().time()
+            if self._last is None or now - self._asked_at > AGE:
+                self._last, self._asked_at = await self._look(), now
+            present = await self._host.known.now()
+            seen = replace(self._last, present=present)
+            return [replace(seen, connections=await self._connections(context)) for context in contexts]
 
     async def _connections(self, context: IkeContext) -> Mapping[str, Message]:
         """The SA's own connection, because there may be a thousand; all of them where the others matter."""
@@ -128,63 +105,40 @@ class Looks:
         return self._asked[name][1]
 
     @trace.spanned("look")
-    async def _look(self, present: Present | None) -> Seen:
-        """`present`: its SAs, None: all are listed."""
+    async def _look(self) -> Seen:
         host = self._host
-        if present is None:
-            self._last = None
-            self._came.clear()
-            host.changed.clear()
-            host.gone.clear()
-            present = Present(await host.views())
-        if self._algorithms is None:
-            self._algorithms = await host.vici.algorithms()
-        seen = Seen(
-            await host.version(), present, await host.vici.pools(), self._algorithms, host.listening()
+        if self._algorithms is None or self._algorithms[0] != host.known.life:
+            life = host.known.life
+            self._algorithms = life, await host.vici.algorithms()
+        return Seen(
+            await host.version(),
+            host.known.present,
+            await host.vici.pools(),
+            self._algorithms[1],
+            host.listening(),
         )
-        if self._last is None:
-            for view in (*self._came.values(), *(view for view, _ in self._coming.values())):
-                present.put(view)
-        return seen
 
     def comes(self, here: IkeContext) -> None:
         """This SA, which shares nothing with any other, is being installed, until `came_or_not`."""
-        view = arriving_view(here)
-        self._coming[view.spis] = view, asyncio.get_running_loop().create_future()
-        if self._last is not None:
-            self._last.present.put(view)
+        self._host.known.comes(arriving_view(here))
+        self._coming[here.spis] = asyncio.get_running_loop().create_future()
 
     def came_or_not(self, here: IkeContext) -> None:
-        """That is over. If it came, `came` was called."""
-        view, over = self._coming.pop(here.spis)
-        over.set_result(None)
-        if view.state == ARRIVING and self._last is not None:
-            self._last.present.drop(view.spis)
+        """That is over. If it came, `Known.put` was called."""
+        self._host.known.came_or_not(here.spis)
+        self._coming.pop(here.spis).set_result(None)
 
     def coming(self, here: IkeContext) -> Sequence[SaName]:
         """The SAs that are being installed and may share something with this one."""
-        if self._last is None or not self._coming:
+        if not self._coming:
             return ()
-        return [view.spis for view in self._last.present.rivals(here) if view.spis in self._coming]
+        return [view.spis for view in self._host.known.present.rivals(here) if view.spis in self._coming]
 
     async def over(self, sas: Iterable[SaName]) -> None:
         """Wait until these are installed, or undone."""
         for sa in sas:
             if sa in self._coming:
-                await asyncio.shield(self._coming[sa][1])
-
-    def came(self, view: SaView, before: Iterable[SaName] = ()) -> None:
-        """This SA came in, or has another name than `before`."""
-        self._host.changed.discard(view.spis)
-        self._host.gone.discard(view.spis)
-        if view.spis in self._coming:
-            self._coming[view.spis] = view, self._coming[view.spis][1]
-        if self._last is None:
-            self._came[view.spis] = view
-            return
-        for name in before:
-            self._last.present.drop(name)
-        self._last.present.put(view)
+                await asyncio.shield(self._coming[sa])
 
 
 def objections(

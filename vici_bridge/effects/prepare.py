@@ -109,7 +109,7 @@ async def _import(work: Coming) -> Facts:
     work.early.go_on(work.sa, shape)
     if host.kernel is not None:
         host.kernel.delete_policies(map(KernelPolicy.parse, work.facts.guards))
-    work.looks.came(view)
+    host.known.put(view)
     host.segments.came(view.spis)
     return {**numbers_of(view), "guards": ()}
 

@@ -44,7 +44,7 @@ def _idle(work: Moving, view: SaView) -> bool:
 
 
 async def _note(work: Moving) -> Facts:
-    work.host.deadlines.before_toggle([await work.seen()], steady_wall())
+    work.host.deadlines.note(await work.seen(), steady_wall())
     return {"quiet": True}
 
 

@@ -23,7 +23,15 @@ from dataclasses import replace
 from typing import Any
 
 from ikectx.engine.ports import ContextSink, Evidence, MoveReport
-from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError, WireError
+from ikectx.errors import (
+    CharonError,
+    IkectxError,
+    KernelError,
+    LinkError,
+    NoAddressError,
+    RefusedError,
+    WireError,
+)
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import Address, Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
@@ -143,13 +151,23 @@ class CharonSink(ContextSink):
     ) -> Coming:
         here = here or self._here(context)
         sa = sa or context.spis
-        return Coming(
-            self._host, self._renames, self._looks, self._memory, self._early, sa, context, here, **more
-        )
+        return Coming(self._host, self._renames, self._memory, self._early, sa, context, here, **more)
 
     async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
         """See `ContextSink.check`: every reason is listed, not only the first."""
-        return self._judge(context, keep_address, await self._looks.look(context))[0]
+        return (await self._judged(context, keep_address))[1]
+
+    async def _judged(self, context: IkeContext, keep_address: bool) -> tuple[Seen, list[Verdict], Taken]:
+        """charon's state, all reasons against the SA, and the names that are taken. SAs that are in its way
+        are looked at again, because they may be known no better than from a list of long ago."""
+        seen = await self._looks.look(context)
+        verdicts, taken = self._judge(context, keep_address, seen)
+        with contextlib.suppress(NoAddressError):
+            here = self._here(context)
+            if clash(here, taken) or any(one.status is not Status.OK for one in verdicts):
+                await self._looks.again(here)
+                verdicts, taken = self._judge(context, keep_address, seen)
+        return seen, verdicts, taken
 
     def _judge(self, context: IkeContext, keep_address: bool, seen: Seen) -> tuple[list[Verdict], Taken]:
         """All reasons against the SA, and the names that are taken."""
@@ -316,12 +334,11 @@ class CharonSink(ContextSink):
         """See `ContextSink.prepare`. After a failure nothing of the SA is left."""
         self._lead(context)
         async with self._host.import_lock:
-            seen = await self._looks.look(context)
+            seen, verdicts, taken = await self._judged(context, keep_address)
             here = self._here(context)
             while rivals := self._looks.coming(here):
                 await self._looks.over(rivals)  # which of both it is that comes decides about the other
-                seen = await self._looks.look(context)
-            verdicts, taken = self._judge(context, keep_address, seen)
+                seen, verdicts, taken = await self._judged(context, keep_address)
             bad = [v for v in verdicts if v.status is not Status.OK]
             if bad:
                 raise RefusedError(

@@ -393,6 +393,10 @@ class Record:
                 f"IKE_SA {name} as charon told of it cannot be: {error}", status=Status.NOT_COVERED
             ) from None
 
+    def initiates(self, name: SaName) -> bool:
+        """Whether charon is the initiator of this IKE_SA, which is known."""
+        return self._sas[name].current.initiator
+
     def moved(self, name: SaName, context: IkeContext) -> None:
         """Take addresses and children from `context`, which charon has by now, without a message of its own.
 

@@ -6,7 +6,7 @@ virtual IP and selector, and an SA is compared with the few that have something 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 
 from ikectx.errors import WireError
 from ikectx.sa.context import IkeContext
@@ -34,6 +34,10 @@ class Present:
     def views(self) -> Sequence[SaView]:
         """All of them."""
         return list(self._views.values())
+
+    def names(self) -> Set[SaName]:
+        """The names of all of them."""
+        return self._views.keys()
 
     def put(self, view: SaView) -> None:
         """charon has this SA, in place of what was seen of it before."""

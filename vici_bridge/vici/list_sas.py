@@ -44,8 +44,6 @@ class Listing:
         """The highest unique ID that was seen; 0: none was."""
         self._asking = Together(self._ask_for)
         self._searching = Together(self._search_for)
-        self.life = 0
-        """Which charon is asked, of those since this agent began: none has the SAs of the one before."""
         self._turn = asyncio.Lock()
         self._next: asyncio.Task[list[SaView]] | None = None
         """The listing that has not begun yet."""
@@ -131,7 +129,6 @@ class Listing:
 
     def forget(self) -> None:
         """charon begins anew, and numbers its SAs from one."""
-        self.life += 1
         self._seen.clear()
         self._highest = 0
 

@@ -282,6 +282,28 @@ def arriving_view(context: IkeContext) -> SaView:
     return replace(view, state=ARRIVING, children=tuple(children))
 
 
+def reported_view(context: IkeContext) -> SaView:
+    """The view of an SA made from what charon has told of it over HA, because it was not listed yet."""
+    return replace(arriving_view(context), state="ESTABLISHED")
+
+
+def nameless_view(sa: SaName, *, initiator: bool) -> SaView:
+    """The view of an SA of which only the name is known."""
+    nowhere = Endpoint(_address("0.0.0.0"), 500)  # noqa: S104  not an address to listen on
+    return SaView(
+        name="",
+        unique_id=0,
+        state="CONNECTING",
+        spi_i=sa.spi_i,
+        spi_r=sa.spi_r,
+        initiator=initiator,
+        local=nowhere,
+        remote=nowhere,
+        local_id="",
+        remote_id="",
+    )
+
+
 _AUTH_CLASS = {
     "pre-shared key": "psk",
     "public key": "pubkey",

@@ -15,8 +15,8 @@ from tests.across.test_go_on import served
 from tests.gateway_world import Place
 from tests.vici_bridge.effects.test_sink import a_context, final_of, move, place, rival, run
 from vici_bridge import host as host_module
-from vici_bridge.effects import looks as looks_module
 from vici_bridge.ha.messages import HaMessage, HaType
+from vici_bridge.policy.present import Present
 from vici_bridge.vici.codec import Message
 from vici_bridge.vici.views import SaView
 
@@ -76,11 +76,18 @@ def test_a_name_given_meanwhile_is_taken() -> None:
         child = replace(second.children[0], spi_in=plan.children[0].new_in)
         second = replace(second, children=(child,))
         here.mobiles.add(second)
-        looks = that_looks_before_others_come(here, gate, 1)
-        here.sink._looks._listed_at = float("-inf")
+        looked, now = asyncio.Event(), here.host.known.now
+
+        async def slowly() -> Present:
+            present = await now()
+            looked.set()
+            await gate.wait()
+            return present
+
+        here.host.known.now = slowly  # type: ignore[method-assign]
         coming = asyncio.create_task(here.sink.prepare(second, False))
-        while not looks:
-            await asyncio.sleep(0.001)
+        await looked.wait()
+        here.host.known.now = now  # type: ignore[method-assign]
         final = final_of(first)
         await here.sink.take(first, final)
         report = await here.sink.move_peer(first, final)
@@ -91,32 +98,6 @@ def test_a_name_given_meanwhile_is_taken() -> None:
         taken = {(view.spi_i, child.spi_in) for view in here.charon.views() for child in view.children}
         assert len({spi for _, spi in taken}) == len(taken) == 3
         assert here.charon.offences == []
-
-    run(scenario())
-
-
-def test_news_of_single_sas_are_added_to_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario() -> None:
-        here = place()
-        first, second, third = (a_context(number, mn=f"198.51.100.{number}") for number in (1, 2, 3))
-        here.charon.serve(first)
-        asked = listings(here)
-        seen = await here.sink._looks.look(first)
-        assert (await here.sink._looks.look(first)).present is seen.present and asked == ["all"]
-        here.charon.serve(second)
-        here.host.changed.add(second.spis)  # charon told of it over HA
-        here.charon.sas.clear()
-        here.charon.serve(second)
-        here.host.changed.add(first.spis)  # it was deleted by somebody
-        assert [view.spis for view in (await here.sink._looks.look(first)).present.views] == [second.spis]
-        assert asked == ["all", "one", "one"] and here.host.changed == set()
-        here.host.gone.add(second.spis)  # this agent has let it go
-        assert not list((await here.sink._looks.look(first)).present.views)
-        assert len(asked) == 3, "that is known"
-        monkeypatch.setattr(looks_module, "MANY", 1)
-        here.host.changed |= {second.spis, third.spis}
-        await here.sink._looks.look(first)
-        assert asked[3:] == ["all"] and here.host.changed == set()
 
     run(scenario())
 
@@ -215,22 +196,6 @@ def test_an_sa_that_is_active_already_has_nothing_toggled() -> None:
         assert sent.count(HaType.SEGMENT_TAKE) == 1, "the first's activated both"
         await here.host.segments.activate()
         assert sent.count(HaType.SEGMENT_TAKE) == 2
-
-    run(scenario())
-
-
-def test_what_a_check_found_is_asked_for_again_after_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks_module, "AGE", 0.01)
-    monkeypatch.setattr(looks_module, "LISTED", 0.02)
-
-    async def scenario() -> None:
-        here, first = place(), a_context(1)
-        here.mobiles.add(first)
-        asked = listings(here)
-        await here.sink.check(first, False)
-        await asyncio.sleep(0.05)
-        await here.sink.prepare(first, False)
-        assert asked.count("all") == 2
 
     run(scenario())
 
