@@ -69,7 +69,7 @@ from .move_log import log_event
 from .render import context_json
 from .requests import ADDRESSES, GATEWAY, plain_address
 from .settings import left_quietly, with_numbers, within_patience
-from .views import charon_json, chosen, sa_name, view_json
+from .views import charon_json, sa_name, select, view_json
 
 log = logging.getLogger("ikectx")
 
@@ -380,11 +380,11 @@ class Agent:
             return {}
 
     async def show_context(self, request: Message) -> Message:
-        names = await self._select(request)
-        if len(names) != 1:
-            raise UnknownSaError(f"{len(names)} IKE_SAs match, one is to be shown")
+        views = await select(self._host.known, request, self._plain_peers)
+        if len(views) != 1:
+            raise UnknownSaError(f"{len(views)} IKE_SAs match, one is to be shown")
         # an SA that is only shown need not be idle
-        context = await self._source.export(names[0], away=True)
+        context = await self._source.export(views[0].spis, away=True)
         return with_json(context_json(context, secrets=request.get("secrets") == "yes"))
 
     async def transfer(self, request: Message) -> AsyncIterator[Message]:
@@ -394,11 +394,11 @@ class Agent:
         address = request.get("address", "auto")
         if address not in ADDRESSES:
             raise UsageError(f"address is {', '.join(ADDRESSES)}, not {address!r}")
-        views = await self._host.views()
-        names = chosen(views, request, self._plain_peers)
+        views = await select(self._host.known, request, self._plain_peers)
+        names = [view.spis for view in views]
         no_detour, dry_run = (request.get(key) == "yes" for key in ("no-detour", "dry-run"))
         if not no_detour and any(peer.name == to for peer in self._peers):
-            need_ways(views, names, to, self._host.away.stranded, self._config.connections)
+            need_ways(views, to, self._host.away.stranded, self._config.connections)
         queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
         with self._host.away.without_detour(names if no_detour else ()):
             work = asyncio.create_task(
@@ -548,10 +548,6 @@ class Agent:
         finally:
             left.set()
             self._source.departing.discard(sa)
-
-    async def _select(self, request: Message) -> list[SaName]:
-        """The SAs that the request names. Errors: UnknownSaError, UsageError."""
-        return chosen(await self._host.views(), request, self._plain_peers)
 
 
 def _recorder(here: IkeContext) -> Held:

@@ -17,7 +17,6 @@ from .config import ConnectionConfig
 
 def need_ways(
     views: Iterable[SaView],
-    chosen: Collection[SaName],
     to: str,
     stranded: Callable[[Collection[Network], str], Collection[Network]],
     connections: Mapping[str, ConnectionConfig],
@@ -28,11 +27,10 @@ def need_ways(
     network sends them there by itself. The mobile node's outer address, as in transport mode, and 0.0.0.0/0
     are never sent on. Errors: UsageError.
     """
-    names = set(chosen)
     wanted = [
         (view, network)
         for view in views
-        if view.spis in names and not _announces(connections, view.name)
+        if not _announces(connections, view.name)
         for network in _inner(view)
     ]
     without = stranded({network for _, network in wanted}, to)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ikectx.engine.hints import advice
@@ -9,12 +10,24 @@ from ikectx.errors import IkectxError, UnknownSaError, UsageError
 from ikectx.sa.name import SaName
 from vici_bridge.away.passing import RELAY_PORTS
 from vici_bridge.host import CharonHost
+from vici_bridge.known import Known
 from vici_bridge.vici.views import SaView
+
+
+async def select(known: Known, request: Mapping[str, str], gateways: Collection[str]) -> list[SaView]:
+    """The SAs that the request names: see `chosen`. All SAs are listed only if all are meant, or if none that
+    is known is. Errors: as there, CharonError, WireError."""
+    with contextlib.suppress(UnknownSaError):
+        if request.get("all") != "yes":
+            found = chosen((await known.now()).views, request, gateways)
+            await known.again(view.spis for view in found)
+            return chosen(known.present.views, request, gateways)
+    return chosen(await known.list_all(), request, gateways)
 
 
 def chosen(
     views: Sequence[SaView], request: Mapping[str, str], gateways: Collection[str] = ()
-) -> list[SaName]:
+) -> list[SaView]:
     """The SAs that ike, ike-id, spi, peer or all name in the request.
 
     gateways: addresses of other gateways whose connections to this one run through an SA here: such an SA is
@@ -45,7 +58,7 @@ def chosen(
             f"there are {len(views)} IKE_SAs: say which",
             hint="use --ike, --ike-id, --spi, --peer or --all",
         )
-    return [view.spis for view in views]
+    return list(views)
 
 
 def _of_gateway(view: SaView, gateways: Collection[str]) -> bool:

@@ -137,8 +137,8 @@ class Known:
         return self.present
 
     async def again(self, sas: Iterable[SaName]) -> None:
-        """Ask for these anew, because an SA that no agent saw come up goes without a report. Of many that is
-        done once in `AGAIN` seconds."""
+        """Ask for these anew, because no report tells that an SA is PASSIVE or is being deleted, nor of one
+        that no agent saw come up. Of many that is done once in `AGAIN` seconds."""
         asked = [sa for sa in sas if sa not in self._coming]
         if len(asked) <= FEW:
             self.heed(asked)

@@ -28,7 +28,7 @@ LONG = 3600.0
 
 
 def other(number: int) -> IkeContext:
-    return a_context(number, mn=f"198.51.{100 + (number >> 8)}.{number & 255}")
+    return a_context(number, mn=f"198.51.{101 + (number >> 8)}.{number & 255}")
 
 
 def count(here: Place) -> Counter[str]:
@@ -95,6 +95,12 @@ async def reactive(old: Place, source: CharonSource, new: Place) -> None:
     await source.release(context)
 
 
+async def by_packet(old: Place, source: CharonSource, new: Place) -> None:
+    sa = a_context(MN)
+    assert await source.find(sa.remote.address) == [sa.spis]
+    await reactive(old, source, new)
+
+
 def counted(others: int, way: Callable[[Place, CharonSource, Place], object]) -> list[dict[str, int]]:
     found: list[dict[str, int]] = []
 
@@ -108,7 +114,7 @@ def counted(others: int, way: Callable[[Place, CharonSource, Place], object]) ->
     return found
 
 
-@pytest.mark.parametrize("way", [pushed, reactive], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [pushed, reactive, by_packet], ids=lambda way: way.__name__)
 def test_what_a_move_asks_for_does_not_grow(
     way: Callable[[Place, CharonSource, Place], object],
 ) -> None:

@@ -28,28 +28,28 @@ def test_without_a_way_a_transfer_is_refused_before_it_begins() -> None:
     with pytest.raises(
         UsageError, match=r"no way from here to nsg .*10\.4\.0\.10/32.*nothing was moved"
     ) as caught:
-        need_ways([SA], [SA.spis], "nsg", no_way, {})
+        need_ways([SA], "nsg", no_way, {})
     assert caught.value.exit_code == 2
     for way_out in ("forward_via", "connections.home", "--no-detour"):
         assert way_out in caught.value.hint
 
 
 def test_it_is_not_refused_where_packets_find_the_way() -> None:
-    need_ways([SA], [SA.spis], "nsg", lambda prefixes, to: set(), {})
-    need_ways([SA], [SA.spis], "nsg", no_way, ANNOUNCES)
-    need_ways([SA], [], "nsg", no_way, {})
+    need_ways([SA], "nsg", lambda prefixes, to: set(), {})
+    need_ways([SA], "nsg", no_way, ANNOUNCES)
+    need_ways([], "nsg", no_way, {})
 
 
 @pytest.mark.parametrize("theirs", [str(SA.remote.address) + "/32", "0.0.0.0/0", "10.0.0.1..10.0.0.9"])
 def test_what_is_never_sent_on_asks_for_no_way(theirs: str) -> None:
     child = replace(SA.children[0], remote_ts=(theirs,))
-    need_ways([replace(SA, children=(child,))], [SA.spis], "nsg", no_way, {})
+    need_ways([replace(SA, children=(child,))], "nsg", no_way, {})
 
 
 def test_ports_do_not_hide_an_address() -> None:
     child = replace(SA.children[0], remote_ts=("10.4.0.10/32[tcp/80]",))
     with pytest.raises(UsageError):
-        need_ways([replace(SA, children=(child,))], [SA.spis], "nsg", no_way, {})
+        need_ways([replace(SA, children=(child,))], "nsg", no_way, {})
 
 
 def test_one_that_left_has_two_names() -> None:

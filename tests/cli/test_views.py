@@ -10,8 +10,11 @@ import pytest
 
 from ikectx.errors import RefusedError, UnknownSaError, UsageError
 from ikectx.sa.context import Endpoint
-from ikectx_cli.views import charon_json, chosen, sa_name, view_json
+from ikectx_cli.views import charon_json, chosen, sa_name, select, view_json
+from tests.hand_loop import run
+from tests.vici_bridge import test_known
 from vici_bridge.ha.version import HaVersion
+from vici_bridge.known import Known
 from vici_bridge.vici.views import ChildView, SaView
 
 
@@ -61,11 +64,11 @@ def test_an_sa_that_carries_connections_between_gateways_moves_only_by_name(
     request_: dict[str, str], wanted: list[SaView]
 ) -> None:
     views = [ONE, TWO, GATEWAYS, replace(view(4), state="CONNECTING")]
-    assert chosen(views, request_, {"198.51.100.1"}) == [one.spis for one in wanted]
+    assert chosen(views, request_, {"198.51.100.1"}) == list(wanted)
 
 
 def test_one_sa_needs_no_name_and_several_do() -> None:
-    assert chosen([ONE, GATEWAYS], {}, {"198.51.100.1"}) == [ONE.spis]
+    assert chosen([ONE, GATEWAYS], {}, {"198.51.100.1"}) == [ONE]
     with pytest.raises(UnknownSaError, match="there are 2 IKE_SAs: say which"):
         chosen([ONE, TWO], {})
     with pytest.raises(UnknownSaError, match="no IKE_SA answers to ike nowhere"):
@@ -106,3 +109,27 @@ def test_charon_as_both_agents_status_tells_it() -> None:
         "ha_version": 4,
         "problem": "",
     }
+
+
+def test_all_sas_are_listed_only_if_all_are_meant_or_none_is_known() -> None:
+    async def scenario() -> None:
+        side = test_known.Side(1, 2)
+        known = Known(side)
+        await known.now()
+        ways: list[tuple[dict[str, str], list[int], list[str]]] = [
+            ({"ike-id": "2"}, [2], ["one"]),
+            ({"peer": "mn1.example"}, [1], ["one"]),
+            ({"all": "yes"}, [1, 2], ["all"]),
+        ]
+        for request, found, asked in ways:
+            side.asked.clear()
+            assert [one.unique_id for one in await select(known, request, ())] == found
+            assert side.asked == asked
+        third = test_known.view(3)
+        side.sas[third.spis] = third  # nobody was told
+        assert await select(known, {"ike-id": "3"}, ()) == [third]
+        del side.sas[third.spis]  # nor of its end
+        with pytest.raises(UnknownSaError):
+            await select(known, {"ike-id": "3"}, ())
+
+    run(scenario())

@@ -137,8 +137,9 @@ class CharonSource(ContextSource):
     async def find(self, mn: Address) -> list[SaName]:
         """See `ContextSource.find`. SAs that are PASSIVE, or being made or deleted, do not count as
         served."""
-        views = await self._host.views()
-        return [view.spis for view in views if view.remote.address == mn and view.state == "ESTABLISHED"]
+        known = self._host.known
+        await known.again(view.spis for view in (await known.now()).at(mn))
+        return [view.spis for view in known.present.at(mn) if view.state == "ESTABLISHED"]
 
     async def stands(self, sa: SaName, let_go: bool) -> Stand:
         """See `ContextSource.stands`."""
@@ -287,7 +288,8 @@ class CharonSource(ContextSource):
             return Way(way, why, context.remote)
         passing = host.away.passing
         forwards = forwards_packets(context.remote.address.version)
-        check_relay(context, await host.views(), forwards=forwards, able=passing.able)
+        others = (await host.known.now()).at(context.remote.address)
+        check_relay(context, others, forwards=forwards, able=passing.able)
         return Way(way, why, passing.seen_at(context))
 
     def invites(self, sa: SaName, address: Wish) -> bool:

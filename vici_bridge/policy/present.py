@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
 
 from ikectx.errors import WireError
-from ikectx.sa.context import IkeContext
+from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView, address_range, prefixes
 
@@ -79,6 +79,10 @@ class Present:
         names = self._having.get(_who_comes(here), set()) - {here.spis}
         return [self._views[name] for name in sorted(names)]
 
+    def at(self, mn: Address) -> list[SaView]:
+        """The SAs whose mobile node has this outer address."""
+        return [self._views[name] for name in sorted(self._having.get(("at", mn), set()))]
+
     def rivals(self, here: IkeContext) -> list[SaView]:
         """The SAs that may share something with this one; not all of them do."""
         children = [text for child in here.children for text in prefixes(child.remote_ts)]
@@ -104,6 +108,7 @@ def _who_comes(here: IkeContext) -> _Key:
 
 def _keys(view: SaView) -> Iterator[_Key]:
     yield "who", (view.name, view.local_id, view.remote_eap_id or view.remote_id)
+    yield "at", view.remote.address
     yield "ike", view.spi_i if view.initiator else view.spi_r
     for vip in view.remote_vips:
         yield "vip", vip

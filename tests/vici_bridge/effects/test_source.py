@@ -14,32 +14,37 @@ import pytest
 from ikectx.errors import BusyError, UnknownSaError
 from ikectx.sa.context import Address, FinalState, IkeContext
 from ikectx.sa.name import SaName
-from tests.across.test_go_on import served
+from tests.across.test_go_on import nobody, served
 from tests.gateway_world import Place
+from tests.hand_loop import run
 from tests.peers import a_context
-from tests.vici_bridge.vici.test_views import VIEW
+from tests.vici_bridge.effects.test_sink import place
 from vici_bridge.effects.leaving import outbound_of
 from vici_bridge.effects.sink import CharonSink
 from vici_bridge.effects.source import CharonSource
+from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.ha.record import Rekeyed
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.xfrm import KernelSa
-from vici_bridge.vici.views import SaView, sa_view
+from vici_bridge.vici.views import SaView
 
 HANDED = [(True, True, False), (True, False, True), (False, True, True)]
 """Does the other gateway hold the context? Is ESP the kernel's? Does it have no part of the SA then?"""
 
 
 def test_sas_are_found_by_the_address_of_their_mn() -> None:
-    active = replace(sa_view("mn", {**VIEW, "tasks-active": []}), state="ESTABLISHED")
-    prepared = replace(active, spi_i=bytes(8), state="PASSIVE")
+    async def scenario() -> None:
+        here, first, second = place(), a_context(1), a_context(2)  # their mobile nodes are behind one NAT
+        for one in (first, second):
+            here.charon.serve(one)
+        source = CharonSource(here.host, nobody)
+        assert await source.find(first.remote.address) == [first.spis, second.spis]
+        here.charon.sas[IkeId.of(second.current)].state = "PASSIVE"
+        here.charon.sas[IkeId.of(second.current)].view = None
+        assert await source.find(first.remote.address) == [first.spis]
+        assert await source.find(ip_address("203.0.113.99")) == []
 
-    async def views() -> list[Any]:
-        return [active, prepared]
-
-    source = CharonSource(SimpleNamespace(views=views, leaving=None, spawn=None), None)  # type: ignore[arg-type]
-    assert asyncio.run(source.find(active.remote.address)) == [active.spis]
-    assert asyncio.run(source.find(ip_address("203.0.113.99"))) == []
+    run(scenario())
 
 
 def test_virtual_ips_are_those_that_charon_lists() -> None:
