@@ -236,6 +236,10 @@ _DRAIN = {
     **dict.fromkeys(("cpu_ms_per_sa", "gap_ms", "memory_kib"), "numbers by name or null"),
 }
 
+_PROFILE = {"profile_ms": "numbers by two names"}
+_NONE: Mapping[str, Any] = {"profile_ms": {}}
+"""A drain or moves without --profile have none."""
+
 _CIRCUMSTANCES = dict.fromkeys(("crowd", "interval_ms"), "a number")
 """Of a judgement; older ones do not have them."""
 _MOVES = {"moves": "a number", **dict.fromkeys(("cpu_ms", "charon_ms"), "numbers by name or null")}
@@ -258,6 +262,8 @@ def _is(value: object, kind: str) -> bool:
             return value is None or (
                 isinstance(value, dict) and all(_is(one, "a number or null") for one in value.values())
             )
+        case "numbers by two names":
+            return isinstance(value, dict) and all(_is(one, "numbers by name") for one in value.values())
         case "an object":
             return isinstance(value, dict)
         case _:
@@ -284,12 +290,12 @@ def read(text: str, file: str) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise wrong("not an object")
     if "sas" in summary:
-        check(summary, {**_OF_DRAIN, **_DRAIN}, "the drain")
+        check({**_NONE, **summary}, {**_OF_DRAIN, **_DRAIN, **_PROFILE}, "the drain")
         check(summary["machine"], _HERE, "the drain.machine")
         check(summary["host"], _HOST, "the drain.host")
         return alone("drains", summary)
     if "moves" in summary and "parts" not in summary:
-        check(summary, {**_OF_DRAIN, **_MOVES}, "the moves")
+        check({**_NONE, **summary}, {**_OF_DRAIN, **_MOVES, **_PROFILE}, "the moves")
         check(summary["machine"], _HERE, "the moves.machine")
         check(summary["host"], _HOST, "the moves.host")
         return alone("moves", summary)
@@ -321,12 +327,12 @@ def read(text: str, file: str) -> dict[str, Any]:
     if not isinstance(summary.get("drains"), list):
         raise wrong("drains must be a list")
     for number, one in enumerate(summary["drains"]):
-        check(one, _DRAIN, f"drains.{number}")
+        check({**_NONE, **one}, {**_DRAIN, **_PROFILE}, f"drains.{number}")
         check(one.get("machine"), _MACHINE, f"drains.{number}.machine")
     if not isinstance(moves := summary.get("moves", []), list):
         raise wrong("moves must be a list")
     for number, one in enumerate(moves):
-        check(one, _MOVES, f"moves.{number}")
+        check({**_NONE, **one}, {**_MOVES, **_PROFILE}, f"moves.{number}")
         check(one.get("machine"), _MACHINE, f"moves.{number}.machine")
     if not isinstance(attacks := summary.get("attacks", []), list):
         raise wrong("attacks must be a list")

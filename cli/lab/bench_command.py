@@ -52,6 +52,11 @@ from .options import (
     help="No scenarios: move one SA N times between both gateways, and measure the CPU time for a move.",
 )
 @click.option(
+    "--profile",
+    is_flag=True,
+    help="Of --drain and --moves: also what the CPU time of both agents goes into, by samples.",
+)
+@click.option(
     "--handovers",
     is_flag=True,
     help="No scenarios by name: every mode of a handover, beside what it must reach.",
@@ -99,6 +104,7 @@ def bench(
     esp: str,
     drain: int | None,
     moves: int | None,
+    profile: bool,
     handovers: bool,
     crowd: int,
     interval_ms: float | None,
@@ -129,6 +135,7 @@ def bench(
         },
         clock=clock,
         of_attack=(rate, seconds),
+        profile=profile,
     )
     if target is not None and not (target.name and os.path.isdir(target.absolute().parent)):
         raise UsageError(f"--page {target}: there is no such folder")
@@ -139,15 +146,16 @@ def bench(
         *(["--time virtual"] if clock == "virtual" else []),
         *(["--esp libipsec"] if esp != "kernel" else []),
     ]
+    profiled = ["--profile"] if profile else []
     if files:
         summary = _saved(files, target)
     elif drain:
-        command = " ".join(["ikectx lab bench", *options, f"--drain {drain}"])
-        found |= {"command": command, **_emptied(drain, guest, clock, esp)}
+        command = " ".join(["ikectx lab bench", *options, f"--drain {drain}", *profiled])
+        found |= {"command": command, **_emptied(drain, guest, clock, esp, profile)}
         summary = lab_bench.alone("drains", found)
     elif moves:
-        command = " ".join(["ikectx lab bench", *options, f"--moves {moves}"])
-        found |= {"command": command, **_moved(moves, guest, clock, esp)}
+        command = " ".join(["ikectx lab bench", *options, f"--moves {moves}", *profiled])
+        found |= {"command": command, **_moved(moves, guest, clock, esp, profile)}
         summary = lab_bench.alone("moves", found)
     elif handovers:
         words = ["ikectx lab bench", "--handovers", f"--runs {runs}", *options]
@@ -190,6 +198,7 @@ def _bench_options(
     alone: Mapping[str, bool],
     clock: str,
     of_attack: Sequence[float | None],
+    profile: bool,
 ) -> None:
     """Errors: UsageError for options of `bench` that do not go together; `alone` go with nothing else."""
     chosen = [name for name, given in {"--from": bool(files), **alone}.items() if given]
@@ -203,6 +212,10 @@ def _bench_options(
         )
     if not attack and any(one is not None for one in of_attack):
         raise UsageError("--rate and --seconds are of --attack")
+    if profile and not (alone["--drain"] or alone["--moves"]):
+        raise UsageError("--profile is of --drain and --moves")
+    if profile and clock == "virtual":
+        raise UsageError("--profile needs --time real", hint="nothing costs virtual time")
 
 
 def _attacked(
@@ -233,20 +246,20 @@ def _attacked(
         raise click.exceptions.Exit(1)
 
 
-def _emptied(size: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
+def _emptied(size: int, guest: str, clock: str, esp: str, profile: bool) -> dict[str, Any]:
     """What a drain took. Raises IkectxError."""
     from . import emptying as lab_emptying
 
     with tidy():
-        return lab_emptying.run(size, guest, clock, libipsec=esp == "libipsec", say=say)
+        return lab_emptying.run(size, guest, clock, libipsec=esp == "libipsec", profile=profile, say=say)
 
 
-def _moved(moves: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
+def _moved(moves: int, guest: str, clock: str, esp: str, profile: bool) -> dict[str, Any]:
     """What a move takes. Raises IkectxError."""
     from . import to_and_fro as lab_to_and_fro
 
     with tidy():
-        return lab_to_and_fro.run(moves, guest, clock, libipsec=esp == "libipsec", say=say)
+        return lab_to_and_fro.run(moves, guest, clock, libipsec=esp == "libipsec", profile=profile, say=say)
 
 
 def _judged(

@@ -43,6 +43,8 @@ PROGRAM = "IKECTX_LAB_PROGRAM"
 """The environment variable by which it is another one."""
 STOPS = "IKECTX_LAB_STOPS"
 """The environment variable with the folder of an agent that stops at points (`stops`)."""
+SAMPLES = "IKECTX_LAB_SAMPLES"
+"""The environment variable with the file for what an agent's CPU time went into (`sampled`)."""
 
 
 @dataclass(frozen=True, slots=True)

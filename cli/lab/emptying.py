@@ -1,6 +1,6 @@
 """A gateway is drained: every SA it serves moves to another one by one `transfer --all`, and what that takes.
 
-    python -m ikectx_cli.lab.emptying RESULT SIZE ESP
+    python -m ikectx_cli.lab.emptying RESULT SIZE ESP [profile]
 
 is one drain on this machine, which a guest runs for `ikectx lab bench --drain`; its JSON goes to RESULT.
 """
@@ -20,6 +20,7 @@ from .fleet import Fleet, prepare
 from .hosts import Lab
 from .machine import host
 from .net import GATEWAYS, INNER
+from .profiled import PROFILE, ProfiledLab
 from .traffic import Probe
 from .usage import circumstances, clock_stands_still, cpu, memory_kib, spent_ms
 
@@ -33,24 +34,25 @@ MEMORY_MIB = 3072
 Say = Callable[[str], None]
 
 
-def run(size: int, guest: str, clock: str, *, libipsec: bool, say: Say) -> dict[str, Any]:
+def run(size: int, guest: str, clock: str, *, libipsec: bool, profile: bool, say: Say) -> dict[str, Any]:
     """`drain` in a guest of `lab_guest.WAYS` (or auto), and on what machine that was. Raises IkectxError.
 
     ESP in user space needs no other kernel than this machine's.
     """
-    words = [str(size), "libipsec" if libipsec else "kernel"]
+    words = [str(size), "libipsec" if libipsec else "kernel", *([PROFILE] if profile else [])]
     found = lab_guest.result(
         __spec__.name, words, guest, clock, libipsec=libipsec, memory_mib=MEMORY_MIB, say=say
     )
     return {**found, "host": host()}
 
 
-def drain(size: int, *, libipsec: bool, say: Say) -> dict[str, Any]:
+def drain(size: int, *, libipsec: bool, profile: bool, say: Say) -> dict[str, Any]:
     """Drains psg of `size` SAs, none of which collides with one at nsg; one of them has traffic meanwhile.
+    `profile`: also what the agents' CPU time goes into, which costs a little of it.
 
     Raises IkectxError when the lab does not come up, or not every SA moves.
     """
-    lab = Lab.new(delay_ms=DELAY_MS)
+    lab = (ProfiledLab if profile else Lab).new(delay_ms=DELAY_MS)
     try:
         say("network and daemons")
         prepare(lab)
@@ -71,12 +73,15 @@ def _drained(lab: Lab, fleet: Fleet, idle: dict[str, int], say: Say) -> dict[str
     probe.begin()
     time.sleep(0.5)
     say(f"psg moves all {fleet.size} to nsg")
+    if isinstance(lab, ProfiledLab):
+        lab.begin()
     used, charons, began = cpu(lab), cpu(lab, "charon"), time.monotonic()
     fleet.move("psg", "nsg")
     seconds = time.monotonic() - began
     still = clock_stands_still()
     spent = spent_ms(used, cpu(lab), clock_stands_still=still)
     theirs = spent_ms(charons, cpu(lab, "charon"), clock_stands_still=still)
+    profile = {"profile_ms": lab.end(fleet.size)} if isinstance(lab, ProfiledLab) else {}
     held = memory_kib(lab)
     time.sleep(AFTER)
     traffic = probe.stop()
@@ -98,6 +103,7 @@ def _drained(lab: Lab, fleet: Fleet, idle: dict[str, int], say: Say) -> dict[str
             "gap_ms": traffic.gap_ms,
             "interval_ms": traffic.interval_ms,
             "recovered": traffic.recovered,
+            **profile,
             **circumstances(lab),
         },
     )
@@ -125,4 +131,10 @@ def summary(
 
 
 if __name__ == "__main__":
-    sys.exit(lab_guest.program(lambda size, esp: drain(int(size), libipsec=esp == "libipsec", say=print)))
+    sys.exit(
+        lab_guest.program(
+            lambda size, esp, *more: drain(
+                int(size), libipsec=esp == "libipsec", profile=PROFILE in more, say=print
+            )
+        )
+    )

@@ -307,9 +307,13 @@ class Lab:
         """Starts a host's agent; before charon, since whoever holds its HA address receives keys."""
         words = ["mobile", "serve"] if host in MOBILES else ["serve"]
         words = [str(self.work / "bin" / "ikectx"), *words, "--config", str(agent_file(self.work, host))]
-        self.spawn(host, "agent", [*as_its_own_machine(host), *words])
+        self.spawn(host, "agent", [*as_its_own_machine(host), *self.agent_program(host), *words])
         if wait:
             self.wait_agent(host)
+
+    def agent_program(self, host: str) -> list[str]:
+        """Words before an agent's command, by which another module than the product's is run."""
+        return []
 
     def wait_agent(self, host: str) -> None:
         self._wait_file(host, "agent", self.work / host / "ikectx.vici")

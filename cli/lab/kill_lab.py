@@ -10,9 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .config import PROGRAM, STOPS, Tunnel
-from .daemons import as_its_own_machine
-from .hosts import Lab, agent_file
-from .net import HOSTS, MOBILES, run
+from .hosts import Lab
+from .net import HOSTS, run
 
 DISK = "16m"
 """The size of a gateway's disk for its agent's store (tmpfs)."""
@@ -42,13 +41,11 @@ class KillLab(Lab):
 
     def start_agent(self, host: str, *, wait: bool = True) -> None:
         self._prepare(host)
-        words = ["mobile", "serve"] if host in MOBILES else ["serve"]
-        program = ["env", f"{PROGRAM}={__package__}.stops", f"{STOPS}={self.work / host / 'stops'}"]
-        words = [str(self.work / "bin" / "ikectx"), *words, "--config", str(agent_file(self.work, host))]
         (self.work / host / "ikectx.vici").unlink(missing_ok=True)  # of one that was killed
-        self.spawn(host, "agent", [*as_its_own_machine(host), *program, *words])
-        if wait:
-            self.wait_agent(host)
+        super(KillLab, self).start_agent(host, wait=wait)
+
+    def agent_program(self, host: str) -> list[str]:
+        return ["env", f"{PROGRAM}={__package__}.stops", f"{STOPS}={self.work / host / 'stops'}"]
 
     def stop_daemons(self, hosts: Collection[str] = HOSTS) -> None:
         for host in hosts:

@@ -9,7 +9,7 @@ from typing import Any
 from ikectx.errors import UsageError
 
 from .kill_cases import FAULTS, MODES, SECONDS, SELDOM, cases
-from .page import table
+from .page_parts import table
 
 KEYS = {"command", "cases", "passed", "failed", "why", "ran", "commands", "strongswan", "guest", "clock"}
 

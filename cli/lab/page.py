@@ -7,11 +7,10 @@ from typing import Any
 
 from . import aims as lab_aims
 from . import damage as lab_damage
+from . import page_cpu
 from .bench import ALONE, COLLISIONS, MODES, PARTS, place
 from .critical import rows as critical_rows
-
-Row = Mapping[str, Any]
-Rows = Mapping[str, Row]
+from .page_parts import Row, in_order, scenarios, table, times, trips, two
 
 MOBIARCH = (
     ("MobiArch'08: IKEv1 main mode, anew", 1500, 11, 2182),
@@ -22,8 +21,6 @@ MOBIARCH = (
 
 CLOCKS = ("real", "virtual")
 """The parts with the kernel's ESP, which stand side by side."""
-
-UNKNOWN = "–"
 
 
 def page(summary: Mapping[str, Any], image: str = "") -> str:
@@ -40,22 +37,17 @@ def page(summary: Mapping[str, Any], image: str = "") -> str:
         *_ways(summary),
         *_lost(summary),
         *_messages(summary),
-        *_cpu(summary),
+        *page_cpu.cpu(summary),
         *_handovers(summary.get("handovers", ()), image),
-        *_to_and_fro(summary.get("moves", ())),
-        *_drains(summary["drains"]),
+        *page_cpu.to_and_fro(summary.get("moves", ())),
+        *page_cpu.drains(summary["drains"]),
+        *page_cpu.profiles(summary.get("moves", ()), summary["drains"]),
         *_attacks(summary.get("attacks", ())),
         *_collisions(summary),
         *_phases(summary),
         *_mobiarch(summary),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def scenarios(summary: Mapping[str, Any], part: str) -> Rows:
-    """The rows of a part of `PARTS`; none where it was not run."""
-    found: Rows = summary["parts"].get(part, {}).get("scenarios", {})
-    return found
 
 
 def _moves(summary: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
@@ -66,46 +58,6 @@ def _moves(summary: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
             if name not in COLLISIONS:
                 found.setdefault(name, {})[part] = one
     return found
-
-
-# -- cells --------------------------------------------------------------------------------------
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    lines += ["| " + " | ".join(_cell(cell) for cell in one) + " |" for one in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 10 or value == int(value) else f"{value:.1f}"
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value))
-    return UNKNOWN if value is None else str(value)
-
-
-def two(directions: Mapping[str, float] | None) -> str:
-    """Figures of both directions, up first."""
-    if directions is None:
-        return UNKNOWN
-    return " / ".join(_cell(directions.get(name)) for name in ("up", "down"))
-
-
-def trips(directions: Mapping[str, float] | None, round_trip_ms: float) -> str:
-    """The same in round trips. Unknown on a link that has no delay to speak of."""
-    if directions is None or round_trip_ms < 1:
-        return UNKNOWN
-    return " / ".join(f"{directions[name] / round_trip_ms:.1f}" for name in ("up", "down"))
-
-
-def times(ratio: float | None) -> str:
-    return UNKNOWN if ratio is None else f"{ratio:.1f}"
-
-
-def _by_host(figures: Mapping[str, float | None] | None, hosts: Sequence[str]) -> list[object]:
-    return [(figures or {}).get(host) for host in hosts]
 
 
 # -- sections -----------------------------------------------------------------------------------
@@ -238,7 +190,7 @@ def _ways(summary: Mapping[str, Any]) -> Iterable[str]:
             for name, rows in found.items()
             for label, way in [
                 ("ikectx", ""),
-                *((f"anew, {way}", way) for way in _names(one["ways"] for one in rows.values())),
+                *((f"anew, {way}", way) for way in in_order(one["ways"] for one in rows.values())),
             ]
         ),
     )
@@ -259,10 +211,6 @@ def _way_cells(one: Row | None, way: str) -> Sequence[object]:
     found = one["ways"][way]
     ratios = times(found["ratio"]), times(found["ratio_beyond"])
     return [two(found["gap_ms"]), two(found["beyond_ms"]), *ratios]
-
-
-def _names(found: Iterable[Iterable[str]]) -> list[str]:
-    return list(dict.fromkeys(name for one in found for name in one))
 
 
 def _lost(summary: Mapping[str, Any]) -> Iterable[str]:
@@ -316,42 +264,6 @@ def _messages(summary: Mapping[str, Any]) -> Iterable[str]:
         ),
     )
     yield "Octets on the air are those of whole IP packets; CXTP's are those of its messages, without TLS."
-
-
-def _cpu(summary: Mapping[str, Any]) -> Iterable[str]:
-    """CPU time of the agents for one transfer."""
-    shown = [part for part in ("native", "real") if any(map(_used, scenarios(summary, part).values()))]
-    if not shown:
-        return
-    hosts = ("mn", "psg", "nsg")
-    names = _names(scenarios(summary, part) for part in shown)
-    yield "## CPU time of each agent for one transfer, ms"
-    yield table(
-        ("scenario", *(f"{PARTS[part]}: {host}" for part in shown for host in hosts)),
-        (
-            (
-                name,
-                *(
-                    cell
-                    for part in shown
-                    for cell in _by_host(scenarios(summary, part).get(name, {}).get("cpu_ms"), hosts)
-                ),
-            )
-            for name in names
-            if name not in COLLISIONS
-        ),
-    )
-    yield (
-        "User and system time of the agent's process, all its threads, from the request until the transfer "
-        "has ended at all hosts; medians of the runs. User-Mode Linux counts ticks of 10 ms in which the "
-        "process is at work, which is a sample. Natively ESP is in user space, and a mobile node's "
-        "CHILD_SAs are rekeyed behind the move, which the agents hear of; the access link has no delay there "
-        "where the machine's kernel has no netem."
-    )
-
-
-def _used(one: Row) -> bool:
-    return one["cpu_ms"] is not None and any(used is not None for used in one["cpu_ms"].values())
 
 
 def _handovers(found: Sequence[Mapping[str, Any]], image: str) -> Iterable[str]:
@@ -410,72 +322,6 @@ def _path(row: Mapping[str, Any]) -> Iterable[Sequence[str]]:
         yield [row["mode"] if not number else "", *line]
 
 
-def _to_and_fro(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """One SA that moves often."""
-    if not found:
-        return
-    yield "## CPU time of one move, ms"
-    hosts = ("psg", "nsg")
-    yield table(
-        ("moves", "guest", "ESP", "agents: both", "psg", "nsg", "charons: psg", "nsg"),
-        (
-            (
-                *(one["moves"], one["machine"]["guest"], one["machine"]["esp"]),
-                sum(used or 0 for used in one["cpu_ms"].values()),
-                *(*_by_host(one["cpu_ms"], hosts), *_by_host(one["charon_ms"], hosts)),
-            )
-            for one in found
-        ),
-    )
-    yield (
-        "User and system time of the processes, all their threads, on average: one SA moves to and fro by "
-        "`ikectx transfer`, so that each gateway is as often the old one as the new one. The aim is 15 for "
-        "both agents. A profile by samples (November 2026) shows no part that stands out: the calls of the "
-        "steps are 42 % (prepare 9, activate 9, freeze 5, release 5, telling the mobile node 5, take 4, "
-        "check 4), of which VICI is 5 and netlink 3; the engine 12, SQLite 10, links and TLS 6, the "
-        "operator's socket 3, and the event loop itself about 20: 80 rounds for each gateway and move. 84 % "
-        "are user time."
-    )
-
-
-def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """A gateway whose SAs all move at once."""
-    if not drains:
-        return
-    yield "## A gateway is drained: all its SAs move by one `transfer --all`"
-    yield table(
-        (
-            *("SAs", "guest", "clock", "ESP", "seconds", "SAs a second"),
-            *("CPU ms for each SA: psg", "nsg", "their charons, and mn's"),
-            "memory KiB for each SA, both agents",
-            *("lost by one of them", "longest gap up / down, ms"),
-        ),
-        (
-            (
-                *(one["sas"], one["machine"]["guest"], one["machine"]["clock"], one["machine"]["esp"]),
-                *(one["seconds"], one["sas"] / one["seconds"] if one["seconds"] else None),
-                *_by_host(one["cpu_ms_per_sa"], ("psg", "nsg")),
-                " + ".join(map(_cell, _by_host(one.get("charon_ms_per_sa"), ("psg", "nsg", "mn")))),
-                *(one["memory_kib_per_sa"], f"{one['lost']} of {one['sent']}", two(one["gap_ms"])),
-            )
-            for one in drains
-        ),
-    )
-    yield (
-        "No name collides. CPU and memory are those of the agents; memory is what their resident sets have "
-        "grown by since before the SAs came up. One of the mobile nodes has traffic in both directions all "
-        "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move, and what is lost "
-        "is lost towards the mobile node while its own SA moves: it takes nothing from the new gateway "
-        "before that rekey. The gateways' charons have their default settings there; the drain in a guest "
-        "ran with `kernel-netlink.roam_events = no`, when detours still stood in a table of their own.\n\n"
-        "Where the CPU of both agents goes, by samples of a drain of 200 with ESP in user space, in % by "
-        "the innermost of the product's own modules: contexts and messages to octets and back 15, store and "
-        "journal 15, engine 13, VICI 10, HA messages and their record 8, nftables and routes 8, control "
-        "socket and log 7, the steps and their runner 7, the exchange with the mobile node 5, updown "
-        "scripts 4, checks 3, links and TLS 3."
-    )
-
-
 def _attacks(attacks: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """What attacks cost the gateways, and a mobile node."""
     for number, (head, rows, words) in enumerate(lab_damage.page(attacks)):
@@ -520,7 +366,7 @@ def _phases(summary: Mapping[str, Any]) -> Iterable[str]:
     found = [(name, part, one) for name, rows in _moves(summary).items() for part, one in rows.items()]
     if not found:
         return
-    phases = _names(one["phases_ms"] for _name, _part, one in found)
+    phases = in_order(one["phases_ms"] for _name, _part, one in found)
     yield "## Where the time goes (median ms, pSG's view)"
     yield table(
         ("scenario", "clock", *phases),

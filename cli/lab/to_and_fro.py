@@ -1,6 +1,6 @@
 """One SA moves to and fro between both gateways, and what CPU time that takes their agents and charons.
 
-    python -m ikectx_cli.lab.to_and_fro RESULT MOVES ESP
+    python -m ikectx_cli.lab.to_and_fro RESULT MOVES ESP [profile]
 
 is one measurement on this machine, which a guest runs for `ikectx lab bench --moves`; RESULT gets its JSON.
 """
@@ -20,6 +20,7 @@ from .emptying import Say
 from .hosts import Lab
 from .machine import host
 from .net import GATEWAYS
+from .profiled import PROFILE, ProfiledLab
 from .usage import circumstances, clock_stands_still, cpu, spent_ms
 
 WARM = 4
@@ -29,22 +30,23 @@ PAUSE = 0.1
 MEMORY_MIB = 1024
 
 
-def run(moves: int, guest: str, clock: str, *, libipsec: bool, say: Say) -> dict[str, Any]:
+def run(moves: int, guest: str, clock: str, *, libipsec: bool, profile: bool, say: Say) -> dict[str, Any]:
     """`to_and_fro` in a guest of `lab_guest.WAYS` (or auto), and on what machine that was. Raises
     IkectxError."""
-    words = [str(moves), "libipsec" if libipsec else "kernel"]
+    words = [str(moves), "libipsec" if libipsec else "kernel", *([PROFILE] if profile else [])]
     found = lab_guest.result(
         __spec__.name, words, guest, clock, libipsec=libipsec, memory_mib=MEMORY_MIB, say=say
     )
     return {**found, "host": host()}
 
 
-def to_and_fro(moves: int, *, libipsec: bool, say: Say) -> dict[str, Any]:
+def to_and_fro(moves: int, *, libipsec: bool, profile: bool, say: Say) -> dict[str, Any]:
     """The CPU time (user and system, all threads) of each agent and charon, for one move on average.
+    `profile`: also what the agents' goes into, which costs a little of it.
 
     Raises IkectxError when the lab does not come up, or a move fails twice.
     """
-    lab = Lab.new(delay_ms=1.0)
+    lab = (ProfiledLab if profile else Lab).new(delay_ms=1.0)
     try:
         say("network and daemons")
         lab.up(Tunnel(libipsec=libipsec))
@@ -54,6 +56,8 @@ def to_and_fro(moves: int, *, libipsec: bool, say: Say) -> dict[str, Any]:
         for number in range(-WARM, moves):
             if number == 0:
                 agents, charons = cpu(lab), cpu(lab, "charon")
+                if isinstance(lab, ProfiledLab):
+                    lab.begin()
             _move(lab, *places)
             places.reverse()
             time.sleep(PAUSE)
@@ -62,6 +66,7 @@ def to_and_fro(moves: int, *, libipsec: bool, say: Say) -> dict[str, Any]:
             "moves": moves,
             "cpu_ms": _each(spent_ms(agents, cpu(lab), clock_stands_still=still), moves),
             "charon_ms": _each(spent_ms(charons, cpu(lab, "charon"), clock_stands_still=still), moves),
+            **({"profile_ms": lab.end(moves)} if isinstance(lab, ProfiledLab) else {}),
             **circumstances(lab),
         }
     finally:
@@ -84,5 +89,9 @@ def _move(lab: Lab, source: str, to: str) -> None:
 
 if __name__ == "__main__":
     sys.exit(
-        lab_guest.program(lambda moves, esp: to_and_fro(int(moves), libipsec=esp == "libipsec", say=print))
+        lab_guest.program(
+            lambda moves, esp, *more: to_and_fro(
+                int(moves), libipsec=esp == "libipsec", profile=PROFILE in more, say=print
+            )
+        )
     )

@@ -101,6 +101,13 @@ def drain(**changes: object) -> dict[str, Any]:
     return base | changes
 
 
+def profiled(**parts: float) -> dict[str, Any]:
+    return drain(
+        charon_ms_per_sa={"psg": 2.0, "nsg": 3.0, "mn": 9.0},
+        profile_ms={"psg": {name: ms / 2 for name, ms in parts.items()}, "nsg": parts},
+    )
+
+
 def line(text: str, section: str, begins: str) -> str:
     """The row of a table of that section that begins so."""
     part = text.split(f"## {section}")[1].split("\n## ", maxsplit=1)[0]
@@ -294,6 +301,35 @@ def test_published_results_name_nothing_of_the_machine_they_are_from(file: str) 
     assert read(text, file) == made
 
 
+def test_where_the_cpu_time_goes_stands_beside_the_figure() -> None:
+    made = profiled(VICI=2.0, engine=6.0)
+    assert read(json.dumps(made), "x.json") == alone("drains", made)
+    text = page(merge({"a": alone("drains", drain()), "b": alone("drains", made)}, "c"))
+    assert text.count("| 200 | uml | real |") == 1, "what sampling costs is not in the figures"
+    where = "Where the CPU time of an SA goes"
+    assert line(text, where, "engine") == "| engine | 3 | 6 | 9 | 75 |"
+    assert line(text, where, "VICI") == "| VICI | 1 | 2 | 3 | 25 |"
+    assert text.index("| engine | 3") < text.index("| VICI | 1"), "the largest first"
+    assert line(text, where, "the agents") == "| the agents | 4 | 8 | 12 | 100 |"
+    assert line(text, where, "their charons") == "| their charons | 2 | 3 | 5 | 42 |"
+    assert where not in page(alone("drains", drain()))
+    with pytest.raises(UsageError, match="profile_ms must be numbers by two names"):
+        read(json.dumps(made | {"profile_ms": {"psg": {"VICI": "2"}}}), "x.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--profile"], "--profile is of --drain and --moves"),
+        (["--profile", "--handovers"], "--profile is of --drain and --moves"),
+        (["--profile", "--moves", "3", "--time", "virtual"], "--profile needs --time real"),
+    ],
+)
+def test_what_has_no_profile(words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(*words) == 2
+    assert why in capsys.readouterr().err
+
+
 def test_what_json_prints_is_read_back_whole() -> None:
     away = report(9, 40.0, scenario="reactive", ratio=None, others={"mn2": {"lost": 3}})
     summary = summed(report(2, 10.0), away, command="ikectx lab bench --runs 1")
@@ -453,7 +489,8 @@ def test_a_drain_prints_what_one_sa_costs(
 ) -> None:
     asked: list[Any] = []
 
-    def fake(size: int, *words: str, libipsec: bool, say: object) -> dict[str, Any]:
+    def fake(size: int, *words: str, libipsec: bool, profile: bool, say: object) -> dict[str, Any]:
+        assert not profile
         asked.append((size, *words, libipsec))
         return {key: value for key, value in drain(sas=size).items() if key != "command"}
 
