@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 from ikectx import trace
+from ikectx.clock import steady_wall
 from ikectx.engine.ledger import Ledger, MobileFacts, SourceFacts, TargetFacts
 from ikectx.engine.ports import MoveReport, Store
 from ikectx.errors import (
@@ -196,7 +197,8 @@ class CharonHost:
         await self.doubts.begin(() if self.config.mobile_node else self.record.names())
         if not self.config.mobile_node:
             self.reloads.watch()
-        self.vici.watch(self._charon_state, None if self.config.mobile_node else self._moves)
+        events = {"ike-update": self._moves, "ike-updown": self._up, "ike-rekey": self._up}
+        self.vici.watch(self._charon_state, {} if self.config.mobile_node else events)
         self.spawn(self.traps.watch())
         if not self.config.mobile_node:
             self.spawn(self.known.watch())
@@ -309,6 +311,7 @@ class CharonHost:
                     self.heard.forget(name)
                     self.doubts.gone(name)
                     self.deadlines.gone(name)
+                    self.listing.gone(name)
         except StoreError as error:
             log.error("the record of charon's SAs is not stored: %s", error)
             self.record.dirty |= names
@@ -334,6 +337,10 @@ class CharonHost:
                 self.follow.moves(sa, str(told.get("remote-host", "")))
                 if sa in self.record:
                     self.known.heed([sa])
+
+    def _up(self, told: Message) -> None:
+        for view in self.listing.heard(told):
+            self.deadlines.note(view, steady_wall())
 
     async def _reconcile(self) -> None:
         """After charon came (back): forget SAs that it no longer has."""

@@ -3,9 +3,9 @@
 charon takes 0.4 s to list 1,000 SAs (5.9.8), and an agent as long to read that. So all are listed once, when
 charon has come, and nothing that a mobile node waits for lists them again. From then on each SA of which
 charon has news (over HA, or by its event `ike-update`), or that this agent has changed, is asked for by its
-unique ID: in the background after a moment, or at once by whoever must know. charon numbers its SAs one after
-the other, so the number of one that came up is guessed (`Listing`). If it is another one, what charon has
-told of that SA over HA will do until all are listed in the background.
+unique ID: in the background after a moment, or at once by whoever must know. charon tells that number by its
+events `ike-updown` and `ike-rekey` (`Listing`). If it is not known yet, or if many SAs have changed, what
+charon has told of them over HA will do until all are listed in the background.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ SETTLE = 1.0
 """Seconds from news until charon is asked, because several come of one SA that is set up or rekeyed."""
 FEW = 32
 """SAs that are asked for one by one, in one go; more are asked for by a list of all."""
-LISTED = 30.0
+LISTED = 5.0
 """Seconds at least from one list in the background to the next."""
+REST = 10
+"""So many times as long as that list took, if that is more."""
 AGAIN = 10.0
 """Seconds for which a list will do where many SAs are in the way of one that comes."""
 PIECE = 16
@@ -76,6 +78,8 @@ class Known:
         """Whether all were listed since charon came."""
         self.life = 0
         """How often charon has ended or come."""
+        self._list_after = -math.inf
+        """When all may be listed in the background again, by the event loop's clock."""
         self._listed_at = -math.inf
         self._turn = asyncio.Lock()
         self._touched: set[SaName] = set()
@@ -168,9 +172,9 @@ class Known:
             await self._ask(search=False)
         if self._complete and not self._unsure:
             return
-        again = self._listed_at + LISTED
-        if asyncio.get_running_loop().time() < again:
-            asyncio.get_running_loop().call_at(again, self._heard.set)
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._list_after:
+            loop.call_at(self._list_after, self._heard.set)
         else:
             await self.list_all()
 
@@ -202,13 +206,16 @@ class Known:
             return nameless_view(sa, initiator=record.initiates(sa))
 
     async def _list(self) -> list[SaView]:
+        loop = asyncio.get_running_loop()
         while True:
-            life, news, unsure = self.life, dict(self._news), set(self._unsure)
+            began, life = loop.time(), self.life
+            news, unsure = dict(self._news), set(self._unsure)
             self._touched.clear()
             views = await self._side.views()
             if life == self.life:
                 break
-        self._listed_at = asyncio.get_running_loop().time()
+        self._listed_at = loop.time()
+        self._list_after = self._listed_at + max(LISTED, REST * (self._listed_at - began))
         for number, view in enumerate(views, 1):
             if view.spis not in self._touched and view.spis not in self._coming:
                 # a note for each SA, which are written here, not with what a mobile node waits for

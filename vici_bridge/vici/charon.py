@@ -20,6 +20,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ikectx import trace
@@ -42,8 +43,6 @@ MOST = 4
 """Connections of one kind. Each request that waits keeps one of charon's threads, of which it has 16."""
 FEW = 8
 """Connections that are asked for one by one."""
-MOVES = "ike-update"
-"""charon's event before an IKE_SA gets other addresses (5.9.8 to 6.0.6)."""
 WAITING = ("list-sas", "rekey", "terminate")
 """Requests for which charon waits for all IKE_SAs that are in use (5.9.8, 6.0.6), or for a peer's answer."""
 ALL = "list-sas of all"
@@ -51,6 +50,9 @@ ALL = "list-sas of all"
 PIECE = 4
 """Items of a listing that are read in one go: some 1 ms. What waits on the event loop meanwhile comes
 between, because to read 1,000 SAs takes 0.3 s."""
+
+
+NO_EVENTS: Mapping[str, Callable[[Message], None]] = MappingProxyType({})
 
 
 class _Connection(asyncio.Protocol):
@@ -386,27 +388,31 @@ class Charon:
 
     # -- charon comes and goes
 
-    def watch(self, changed: Callable[[bool], None], moves: Callable[[Message], None] | None = None) -> None:
-        """Call `changed` whenever charon has come (True) or gone (False), until `close`, and `moves` with
-        its event `ike-update` before each change of an IKE_SA's addresses."""
-        self._watching = asyncio.get_running_loop().create_task(self._watch(changed, moves))
+    def watch(
+        self, changed: Callable[[bool], None], events: Mapping[str, Callable[[Message], None]] = NO_EVENTS
+    ) -> None:
+        """Call `changed` whenever charon has come (True) or gone (False), until `close`, and what `events`
+        has for each of its events."""
+        self._watching = asyncio.get_running_loop().create_task(self._watch(changed, events))
 
-    async def _watch(self, changed: Callable[[bool], None], moves: Callable[[Message], None] | None) -> None:
+    async def _watch(
+        self, changed: Callable[[bool], None], events: Mapping[str, Callable[[Message], None]]
+    ) -> None:
         failures = 0
         while True:
             with contextlib.suppress(CharonError, WireError, ConnectionResetError):
                 connection = await self._came()
                 failures = 0
                 try:
-                    with contextlib.suppress(CharonError):  # one that does not know the event
-                        if moves is not None:
-                            await connection.register(MOVES)
+                    for event in events:
+                        with contextlib.suppress(CharonError):  # one that does not know the event
+                            await connection.register(event)
                     changed(True)
                     with contextlib.suppress(ConnectionResetError, WireError):
-                        while moves is not None:
+                        while events:
                             packet = await connection.receive()
                             with contextlib.suppress(WireError):  # one event that cannot be read
-                                moves(parse_message(packet.body, foreign=True))
+                                events[packet.name](parse_message(packet.body, foreign=True))
                     await connection.ended
                 finally:
                     connection.close()

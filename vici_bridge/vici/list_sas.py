@@ -16,7 +16,7 @@ from typing import Protocol
 from ikectx.sa.name import SaName
 from ikectx.together import Together
 
-from .codec import parse_message
+from .codec import Message, parse_message
 from .views import SaView, sa_views
 
 
@@ -81,6 +81,22 @@ class Listing:
         for sa in sas:
             if sa in self._seen:
                 self._seen[sa] = float("-inf"), self._seen[sa][1]
+
+    def heard(self, told: Message) -> list[SaView]:
+        """The IKE_SAs that came up by charon's event `ike-updown` or `ike-rekey`, without their CHILD_SAs.
+        Their unique IDs need not be guessed. Errors: WireError."""
+        views: list[SaView] = []
+        for name, body in told.items():
+            if isinstance(body, dict) and ("up" in told or "new" in body):
+                views += sa_views([{**body.get("new", body), "name": name}])
+        for view in views:
+            self._seen.setdefault(view.spis, (float("-inf"), view))
+            self._highest = max(self._highest, view.unique_id)
+        return views
+
+    def gone(self, sa: SaName) -> None:
+        """charon does not have this SA any more."""
+        self._seen.pop(sa, None)
 
     async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
         """One of charon's SAs by its SPIs. Errors: as `views`.

@@ -283,14 +283,16 @@ def test_who_does_not_wait_any_longer_leaves_the_answer_to_nobody(tmp_path: Path
 def test_charon_tells_of_new_addresses_and_of_nothing_else(telling: tuple[Telling, StandIn]) -> None:
     async def scenario() -> None:
         answers, stand_in = telling
-        charon, states, moves = Charon(stand_in.path), list[bool](), list[Any]()
-        charon.watch(states.append, moves.append)
+        charon, states, moves, ups = Charon(stand_in.path), list[bool](), list[Any](), list[Any]()
+        charon.watch(states.append, {"ike-update": moves.append, "ike-updown": ups.append})
         await soon(lambda: states == [True])
         assert (PacketType.EVENT_REGISTER, "ike-update") in answers.heard
         event = {"remote-host": "192.0.2.9", "mn": {"uniqueid": "1"}}
         unreadable = Packet(PacketType.EVENT, "ike-update", b"\xff").framed()
         stand_in.conns[-1].sendall(unreadable + _events("ike-update", [event, event]))
         await soon(lambda: moves == [event, event])
+        stand_in.conns[-1].sendall(_events("ike-updown", [{"up": "yes"}]))
+        await soon(lambda: ups == [{"up": "yes"}])
         stand_in.conns[-1].sendall(b"\0\0\0\1\x63")  # not VICI: charon counts as gone, and is asked again
         await soon(lambda: states == [True, False, True])
         await charon.close()
@@ -308,7 +310,7 @@ def test_a_charon_that_goes_before_it_tells_of_addresses_is_asked_again(tmp_path
         gone, states = list[Packet](), list[bool]()
         stand_in = StandIn(tmp_path / "c", goes)
         charon = Charon(stand_in.path)
-        charon.watch(states.append, lambda told: None)
+        charon.watch(states.append, {"ike-update": lambda told: None})
         await soon(lambda: states == [True])
         assert gone
         await charon.close()

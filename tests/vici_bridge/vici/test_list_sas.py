@@ -196,3 +196,30 @@ def test_an_error_is_everybodys_and_the_next_listing_goes_on() -> None:
         assert len(found) == 5
 
     asyncio.run(scenario())
+
+
+def test_a_number_that_charon_has_told_is_not_guessed() -> None:
+    """1,000 SAs came up since the last listing: the number of the next one was a thousand higher."""
+
+    async def scenario() -> None:
+        charon = Charon()
+        listing = Listing(charon.read_sas)
+        await listing.views()
+        charon.asked.clear()
+        charon.sas[900], charon.sas[1000], charon.sas[1001] = (
+            (bytes([n]) * 8, bytes(8)) for n in (9, 10, 11)
+        )
+        up = parse_message(_message(900, *charon.sas[900]))
+        new = parse_message(_message(1000, *charon.sas[1000]))["mn"]
+        assert [one.unique_id for one in listing.heard({"up": "yes", **up})] == [900]
+        assert [one.unique_id for one in listing.heard({"mn": {"old": up["mn"], "new": new}})] == [1000]
+        assert listing.heard(up) == [], "it goes down"
+        assert listing.heard({"up": "yes", "mn": {**up["mn"], "version": "1"}}) == []
+        for number in (900, 1000, 1001):
+            found = await listing.view(charon.sas[number])
+            assert found is not None and found.unique_id == number
+        assert charon.asked == [900, 1000, 1001]
+        listing.gone(charon.sas[900])
+        assert charon.sas[900] not in listing._seen
+
+    asyncio.run(scenario())
