@@ -100,7 +100,7 @@ def test_a_gateway_with_an_older_charon_refuses(world: World) -> None:
     assert done.code != 0
     assert done.report["result"] == "refused", done.out
     assert done.report["status"]["name"] == "KEY_EXCHANGES"
-    assert "too old for additional key exchanges" in world.log("nsg", "agent.out")
+    assert "too old for the SA's additional key exchanges" in world.log("nsg", "agent.out")
     world.serves("psg")
     world.talks("psg")
     world.ends("mn", "psg")
