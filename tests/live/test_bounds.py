@@ -121,7 +121,8 @@ def test_an_agent_without_descriptors_takes_no_sa_and_tells_why(world: World) ->
     pid = agent(world, "nsg")
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     drawn = world.lab.work / "nsg" / "updown.log"
-    before = drawn.read_text() if drawn.exists() else ""
+    drawn.touch()
+    before = drawn.read_text()
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (with_free(pid, 2), limits[1]))
     try:
         done = world.transfer("psg", "nsg")
