@@ -219,7 +219,7 @@ class Arrivals:
                 log.warning("a CTAR for %s is ignored: it came from elsewhere before", message.mn)
                 return None
             if not (yield from self._came_otherwise(known)):
-                return known.feed(ArrivalInput.AGAIN)
+                return None if (yield from self._has_left(known)) else known.feed(ArrivalInput.AGAIN)
             if self._known.get(key) is not known:
                 return None  # another copy has begun it anew
         try:
@@ -421,14 +421,32 @@ class Arrivals:
 
         The mobile node would take such a refusal for the old gateway's word that it goes on serving.
         """
-        if not arrival.refused or arrival.token is None:
+        if not arrival.refused:
             return False
+        latest = yield from self._latest(arrival)
+        return latest is not None and latest[0] == "target" and latest[1] != arrival.refused
+
+    def _has_left(self, arrival: Arrival) -> Steps[bool]:
+        """True if the SA of a mobile node that has arrived here leaves again, or has left.
+
+        A grant is not true any more, and the mobile node finds the gateway that serves it by IKE.
+        """
+        if arrival.token is None or arrival.token.purpose != Purpose.ARRIVE:
+            return False
+        latest = yield from self._latest(arrival)
+        return latest is not None and latest[0] == "source"
+
+    def _latest(self, arrival: Arrival) -> Steps[tuple[str, bytes] | None]:
+        """Role and ID of the newest transfer of the SA that the token names; None: there is none, or nobody
+        knows."""
+        if arrival.token is None:
+            return None
         try:
             latest: tuple[str, bytes] | None = yield FindLatest(arrival.token.spis)
         except StoreError as error:
-            log.error("whether the SA of %s has come is not known: %s", arrival.message.mn, error)
-            return False
-        return latest is not None and latest[0] == "target" and latest[1] != arrival.refused
+            log.error("where the SA of %s is now is not known: %s", arrival.message.mn, error)
+            return None
+        return latest
 
     def _opens(self, run: Incoming, arrival: Arrival) -> bool:
         """True if the key that came ahead confirms the token. Else the old gateway is asked, because the

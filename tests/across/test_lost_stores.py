@@ -37,6 +37,8 @@ SENT = 39355
 """The same, after the gateway had served the SA in that transfer and undone it."""
 COPIED = 304183
 """An old copy says that an SA was let go to a gateway that refuses it, and another one has it since."""
+GONE = 16487
+"""A mobile node hears no answer for so long that its SA has moved on when it asks again."""
 THAWED = 630
 """One in which the copy is from the middle of a freeze."""
 
@@ -92,6 +94,12 @@ def test_nobody_is_refused_what_another_transfer_brings(monkeypatch: pytest.Monk
     assert tried(TOLD, "lost-stores") == ""
     monkeypatch.setattr(Arrivals, "_came_otherwise", never)
     assert "owns it: True" in tried(TOLD, "lost-stores")
+
+
+def test_nobody_is_told_again_that_an_sa_is_here_which_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(GONE, "lost-stores") == ""
+    monkeypatch.setattr(Arrivals, "_has_left", never)
+    assert "told OK by b, which owns it: False" in tried(GONE, "lost-stores")
 
 
 @pytest.mark.parametrize("seed", UNHEARD)

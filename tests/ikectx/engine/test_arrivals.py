@@ -276,6 +276,20 @@ def test_packets_can_be_sent_on_before_the_new_gateway_serves_the_sa() -> None:
     run(scenario())
 
 
+def test_an_mn_is_not_told_again_that_its_sa_is_here_once_it_has_left() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            mn = serve(w, a_context())
+            assert mn.says(await w.b.agent.ctar(*mn.arrive())) is Status.OK
+            await w.quiet()
+            assert mn.says(await w.b.agent.ctar(*mn.arrive())) is Status.OK, "the answer may have been lost"
+            assert (await w.b.agent.transfer(mn.sa, "a")).result == "moved"
+            assert await w.b.agent.ctar(*mn.arrive()) is None
+            assert w.owner(mn.sa) == "a"
+
+    run(scenario())
+
+
 def test_a_message_does_not_wait_for_the_disk() -> None:
     """Beside the notice the journal is to be written, because the SA is taken next."""
 
