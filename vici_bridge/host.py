@@ -335,12 +335,12 @@ class CharonHost:
             if isinstance(body, dict):
                 sa = sa_view(name, body).spis
                 self.follow.moves(sa, str(told.get("remote-host", "")))
-                if sa in self.record:
-                    self.known.heed([sa])
+                self.known.heed([sa])
 
     def _up(self, told: Message) -> None:
         for view in self.listing.heard(told):
             self.deadlines.note(view, steady_wall())
+            self.known.heed([view.spis])  # also if HA tells nothing of it
 
     async def _reconcile(self) -> None:
         """After charon came (back): forget SAs that it no longer has."""
@@ -418,9 +418,9 @@ class CharonHost:
         """Wait until charon has carried out all orders but the last one. Errors: CharonError."""
         await self._ha.read()
 
-    def hear(self) -> None:
-        """Take what charon has reported by now."""
-        self._ha.hear()
+    def hear(self) -> int:
+        """Take what charon has reported by now. Returns how many of its reports were lost."""
+        return self._ha.hear()
 
     def listening(self) -> bool:
         """Whether charon's end of the HA link exists."""

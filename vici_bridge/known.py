@@ -5,7 +5,8 @@ charon has come, and nothing that a mobile node waits for lists them again. From
 charon has news (over HA, or by its event `ike-update`), or that this agent has changed, is asked for by its
 unique ID: in the background after a moment, or at once by whoever must know. charon tells that number by its
 events `ike-updown` and `ike-rekey` (`Listing`). If it is not known yet, or if many SAs have changed, what
-charon has told of them over HA will do until all are listed in the background.
+charon has told of them over HA will do until all are listed in the background. All are listed again, too, if
+reports of charon were lost, because nobody repeats them.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class CharonSide(Protocol):
     record: Record
     deadlines: Deadlines
 
-    def hear(self) -> None:
-        """Take what charon has reported by now."""
+    def hear(self) -> int:
+        """Take what charon has reported by now. Returns how many of its reports were lost."""
 
     def marked(self) -> bool:
         """Whether any SA has a mark or an if_id, which charon does not tell over HA."""
@@ -75,7 +76,9 @@ class Known:
         self._coming: dict[SaName, SaView] = {}
         """SAs that are being installed: whoever does that says what came of it."""
         self._complete = False
-        """Whether all were listed since charon came."""
+        """Whether all were listed since charon came, and since reports of it were lost."""
+        self._lost = 0
+        """How many reports had been lost at that time."""
         self.life = 0
         """How often charon has ended or come."""
         self._list_after = -math.inf
@@ -129,9 +132,9 @@ class Known:
             self.drop(sa)
 
     async def now(self) -> Present:
-        """All SAs, by what charon has reported until now. They are listed only if charon has just come, or if
-        many have changed and there are marks or if_ids, which are not reported."""
-        self._side.hear()
+        """All SAs, by what charon has reported until now. They are listed only if charon has just come, if
+        its reports were lost, or if many have changed and there are marks or if_ids, which are unreported."""
+        self._hear()
         marked = self._side.marked()
         while not self._complete or (marked and len(self._news) > FEW):
             async with self._turn:  # somebody may list them already
@@ -167,7 +170,13 @@ class Known:
                 log.debug("charon's SAs cannot be asked for now: %s", error)
                 asyncio.get_running_loop().call_later(SETTLE, self._heard.set)
 
+    def _hear(self) -> None:
+        lost = self._side.hear()
+        if lost != self._lost:
+            self._lost, self._complete = lost, False
+
     async def _catch_up(self) -> None:
+        self._hear()
         if self._complete:
             await self._ask(search=False)
         if self._complete and not self._unsure:

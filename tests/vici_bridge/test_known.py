@@ -29,6 +29,7 @@ class Side:
         self.sas = {view(number).spis: view(number) for number in numbers}
         self.hidden: set[SaName] = set()
         self.tags = False
+        self.lost = 0
         self.asked: list[str] = []
         self.gate = asyncio.Event()
         self.gate.set()
@@ -50,7 +51,8 @@ class Side:
                 self.record.forget(view(number).spis)
         known.heed(view(number).spis for number in numbers if told)
 
-    def hear(self) -> None: ...
+    def hear(self) -> int:
+        return self.lost
 
     def marked(self) -> bool:
         return self.tags
@@ -254,5 +256,41 @@ def test_after_an_error_the_background_asks_again() -> None:
         await asyncio.sleep(LISTED)
         assert names(known) == {1} and len(side.asked) >= 2
         watching.cancel()
+
+    run(scenario())
+
+
+def test_all_are_listed_again_when_reports_were_lost() -> None:
+    async def scenario() -> None:
+        side = Side(1, 2)
+        known = Known(side)
+        await known.now()
+        side.asked.clear()
+        side.up(Known(side), 3)  # this one hears nothing of it
+        side.down(Known(side), 1)
+        await known.now()
+        assert (names(known), side.asked) == ({1, 2}, [])
+        side.lost += 2
+        await known.now()
+        await known.now()
+        assert (names(known), side.asked) == ({2, 3}, ["all"])
+
+    run(scenario())
+
+
+def test_reports_that_were_lost_are_made_up_for_in_the_background() -> None:
+    async def scenario() -> None:
+        side = Side(1, 2)
+        known = Known(side)
+        watch = asyncio.create_task(known.watch())
+        await known.now()
+        await asyncio.sleep(LISTED)
+        side.asked.clear()
+        side.up(Known(side), 3)
+        side.lost += 1
+        side.up(known, 4)
+        await asyncio.sleep(SETTLE + 0.1)
+        assert (names(known), side.asked) == ({1, 2, 3, 4}, ["all"])
+        watch.cancel()
 
     run(scenario())

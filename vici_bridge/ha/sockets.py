@@ -106,6 +106,7 @@ class HaSocket(asyncio.DatagramProtocol):
         self._table: int | None = None
         """Descriptor of the kernel's table of UDP sockets."""
         self._lost = 0
+        """Messages of charon's HA plugin that the kernel had no room for."""
         self._transport: asyncio.DatagramTransport | None = None
         self._lock = asyncio.Lock()
 
@@ -158,8 +159,8 @@ class HaSocket(asyncio.DatagramProtocol):
             log.warning("a message for charon's HA plugin came from %s:%s, and is left unheard", *addr[:2])
         self._look_for_losses()
 
-    def hear(self) -> None:
-        """Read the messages that are waiting now.
+    def hear(self) -> int:
+        """Read the messages that are waiting now. Returns how many the kernel had no room for since `open`.
 
         charon sends before it goes on, and the loopback interface delivers at once (strongSwan 5.9.8, 6.0.6).
         So what charon had to tell before it answered over VICI is here, and nothing has to be waited for.
@@ -168,8 +169,9 @@ class HaSocket(asyncio.DatagramProtocol):
             try:
                 data, sender = self._sock.recvfrom(_LONGEST)
             except OSError:  # nothing to read any more; ECONNREFUSED: charon is not there (yet)
-                return
+                break
             self.datagram_received(data, sender)
+        return self._lost
 
     def _look_for_losses(self) -> None:
         """Log losses. Called only when there is something to read, because losses can only happen then."""
