@@ -5,26 +5,57 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+
+
+class Crowd:
+    """A context manager around the work on each SA, by which one that is alone knows that."""
+
+    __slots__ = ("_many",)
+
+    def __init__(self) -> None:
+        self._many = 0
+
+    def __enter__(self) -> None:
+        self._many += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._many -= 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is work on one SA, and no more."""
+        return self._many == 1
 
 
 class Together(Generic[_T, _R]):
     """`do` gets all items of one round, and returns a result for each. Its error is everybody's.
 
     SAs that move together come to the same effect in the same round, and one call of the kernel or the disk
-    for all of them costs little more than one for a single SA.
+    for all of them costs little more than one for a single SA. One that is alone in the `crowd` waits for no
+    others: a wait takes two to four rounds, of some 100 that a move takes.
     """
 
-    def __init__(self, do: Callable[[Sequence[_T]], Awaitable[Sequence[_R]] | Sequence[_R]]) -> None:
+    def __init__(
+        self,
+        do: Callable[[Sequence[_T]], Awaitable[Sequence[_R]] | Sequence[_R]],
+        crowd: Crowd | None = None,
+    ) -> None:
         self._do = do
+        self._crowd = crowd
         self._items: list[_T] = []
         self._waiting: list[asyncio.Future[_R]] = []
 
     async def join(self, item: _T) -> _R:
-        """The result for the item. Who does not wait any longer stops nothing."""
+        """The result for the item. Who does not wait any longer stops nothing that is for others, too."""
+        if self._crowd is not None and self._crowd.alone and not self._items:
+            found = self._do([item])
+            return (found if isinstance(found, list | tuple) else await cast(Awaitable[Sequence[_R]], found))[
+                0
+            ]
         loop = asyncio.get_running_loop()
         if not self._items:
             loop.call_soon(self._all)

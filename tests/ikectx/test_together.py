@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+from collections.abc import Coroutine, Sequence
 
 import pytest
 
-from ikectx.together import Gather, Together
+from ikectx.together import Crowd, Gather, Together
 from tests.hand_loop import run
 
 
@@ -28,6 +29,44 @@ def test_all_items_of_one_round_are_done_at_once() -> None:
             assert await asyncio.gather(*map(together.join, range(3))) == [0, 2, 4]
             assert await together.join(5) == 10
             assert done == [[0, 1, 2], [5]]
+
+    asyncio.run(scenario())
+
+
+def test_one_that_is_alone_waits_for_no_others() -> None:
+    done: list[list[int]] = []
+
+    def both(items: Sequence[int]) -> Sequence[int]:
+        done.append(list(items))
+        return [item * 2 for item in items]
+
+    async def slowly(items: Sequence[int]) -> Sequence[int]:
+        await asyncio.sleep(0)
+        return both(items)
+
+    def rounds(work: Coroutine[None, None, int]) -> int:
+        """In how many rounds of an event loop it is done: those of coroutines that wait for nothing else."""
+        for number in itertools.count():
+            try:
+                work.send(None)
+            except StopIteration as end:
+                assert end.value == 10
+                return number
+        raise AssertionError
+
+    crowd = Crowd()
+    with crowd:
+        assert rounds(Together(both, crowd).join(5)) == 0
+        assert rounds(Together(slowly, crowd).join(5)) == 1
+    assert done == [[5], [5]] and not crowd.alone
+
+    async def scenario() -> None:
+        done.clear()
+        together = Together(both, crowd)
+        with crowd, crowd:
+            assert await asyncio.gather(*map(together.join, range(3))) == [0, 2, 4]
+        assert await asyncio.gather(*map(together.join, range(3))) == [0, 2, 4], "not known how many come"
+        assert done == [[0, 1, 2]] * 2
 
     asyncio.run(scenario())
 

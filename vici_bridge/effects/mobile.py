@@ -98,7 +98,9 @@ class CharonMobile:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
         self.steps = MoveSteps(host)
-        self._runner: Runner[Moving] = Runner(host.own, host.spawn, AHEAD, HOME, QUIET, READDRESS, LOUD)
+        self._runner: Runner[Moving] = Runner(
+            host.own, host.spawn, host.listing.crowd, AHEAD, HOME, QUIET, READDRESS, LOUD
+        )
 
     async def export(self, sa: SaName) -> IkeContext:
         """The context as it is now, "local" being this mobile node. Errors: as `known`, and CharonError."""

@@ -33,7 +33,7 @@ from ikectx.errors import IkectxError, StateError, StoreError, WireError
 from ikectx.numbers import Fpt
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
-from ikectx.together import Together
+from ikectx.together import Crowd, Together
 from ikectx.wire.cxtp import ContextDataBlock
 from ikectx.wire.profile import TransferHeader, decode, encode
 from ikectx.within import within
@@ -121,10 +121,15 @@ class LedgerStep(Generic[W]):
 
 
 class Runner(Generic[W]):
-    """Runs steps on the rows of one role. `spawn` runs a coroutine in the background."""
+    """Runs steps on the rows of one role. `spawn` runs a coroutine in the background. `crowd`: of the SAs
+    that have a step of any role under way."""
 
     def __init__(
-        self, ledger: Ledger[Any], spawn: Callable[[Coroutine[Any, Any, None]], None], *steps: LedgerStep[W]
+        self,
+        ledger: Ledger[Any],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        crowd: Crowd,
+        *steps: LedgerStep[W],
     ) -> None:
         self._ledger = ledger
         self._spawn = spawn
@@ -134,7 +139,8 @@ class Runner(Generic[W]):
         one's."""
         self._trying: dict[SaName, asyncio.Task[Facts | None]] = {}
         """Attempts of such effects that are under way."""
-        self._writing: Together[SaName, None] = Together(self._write)
+        self._crowd = crowd
+        self._writing: Together[SaName, None] = Together(self._write, crowd)
         self._cut: set[tuple[SaName, str]] = set()
         """Effects that were cut off because the time of the whole step was over."""
 
@@ -152,9 +158,10 @@ class Runner(Generic[W]):
             ident = trace.transfer_id() or row.transfer_id
             row = replace(row, step=step.name, done=(), begun="", later=(), context=(), transfer_id=ident)
             self._ledger.hold(row)
-        for effect in step.effects:
-            if effect.name not in self._ledger.of(work.sa).done and effect.when(work):
-                await self._do(effect, work)
+        with self._crowd:
+            for effect in step.effects:
+                if effect.name not in self._ledger.of(work.sa).done and effect.when(work):
+                    await self._do(effect, work)
         row = self._ledger.of(work.sa)
         if row.later:
             ended = replace(row, step="", done=(), begun="")

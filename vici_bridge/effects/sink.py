@@ -101,7 +101,9 @@ class CharonSink(ContextSink):
         self._renames.load()
         self._looks = Looks(host)
         self._early = Early(host)
-        self._runner: Runner[Coming] = Runner(host.coming, host.spawn, PREPARE, TAKE, ACTIVATE, UNDO)
+        self._runner: Runner[Coming] = Runner(
+            host.coming, host.spawn, host.listing.crowd, PREPARE, TAKE, ACTIVATE, UNDO
+        )
         self._swept = 0
 
     def resume(self) -> None:

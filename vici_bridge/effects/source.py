@@ -81,7 +81,9 @@ class CharonSource(ContextSource):
         self._mover = mover
         self._ender = ender
         self._teller = teller
-        self._runner: Runner[Any] = Runner(host.leaving, host.spawn, DIVERT, FREEZE, THAW, RELEASE, INVITE)
+        self._runner: Runner[Any] = Runner(
+            host.leaving, host.spawn, host.listing.crowd, DIVERT, FREEZE, THAW, RELEASE, INVITE
+        )
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
         self._reqids: dict[SaName, frozenset[int]] = {}

@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -133,15 +133,13 @@ class _Connections:
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
 
-    @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def __aenter__(self) -> None:
         """Wait until a connection may be used."""
         if not await self._soon():
             await self._turns.acquire()
-        try:
-            yield
-        finally:
-            self._turns.release()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.release()
 
     async def _soon(self) -> bool:
         """Whether there is a turn within a moment, if need be by another connection."""
@@ -336,7 +334,7 @@ class Charon:
         kind: str = "",
     ) -> tuple[_Connection, Message]:
         connections = self._connections[kind or (command if command in WAITING else "")]
-        async with connections.turn():
+        async with connections:
             connection, whole = None, False
             try:
                 with trace.span(f"vici {command}", "call"), Limit(self._timeout):

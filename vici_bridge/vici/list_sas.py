@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ikectx.sa.name import SaName
-from ikectx.together import Together
+from ikectx.together import Crowd, Together
 
 from .codec import Message, parse_message
 from .views import SaView, sa_views
@@ -35,6 +35,8 @@ class Listing:
 
     def __init__(self, ask: _Ask) -> None:
         self._ask = ask
+        self.crowd = crowd = Crowd()
+        """The SAs that have a step under way, and may be asked for together."""
         self._read: dict[bytes, SaView | None] = {}
         """charon's last message about each SA, and its view."""
         self._seen: dict[SaName, tuple[float, SaView]] = {}
@@ -42,8 +44,8 @@ class Listing:
         while it runs (5.9.8, 6.0.6)."""
         self._highest = 0
         """The highest unique ID that was seen; 0: none was."""
-        self._asking = Together(self._ask_for)
-        self._searching = Together(self._search_for)
+        self._asking = Together(self._ask_for, crowd)
+        self._searching = Together(self._search_for, crowd)
         self._turn = asyncio.Lock()
         self._next: asyncio.Task[list[SaView]] | None = None
         """The listing that has not begun yet."""

@@ -13,6 +13,7 @@ from ikectx.engine.ledger import Ledger, SourceFacts
 from ikectx.errors import KernelError, StateError, StoreError
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
+from ikectx.together import Crowd
 from tests.peers import a_context
 from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.worlds import until
@@ -43,7 +44,7 @@ class Bench:
     def begin(self) -> None:
         self.store.waiting.clear()
         self.ledger: Ledger[SourceFacts] = Ledger(self.store, "source")
-        self.runner: Runner[Work] = Runner(self.ledger, self.spawn, *self.steps)
+        self.runner: Runner[Work] = Runner(self.ledger, self.spawn, Crowd(), *self.steps)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.get_running_loop().create_task(work))

@@ -85,6 +85,7 @@ def a_source(kernel: CountedKernel, departed: dict[SaName, tuple[IkeContext, flo
         config=SimpleNamespace(addresses=(a_context().local.address,)),
         leaving=None,
         spawn=None,
+        listing=SimpleNamespace(crowd=None),
     )
     return CharonSource(host, None)  # type: ignore[arg-type]
 
