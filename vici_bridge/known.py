@@ -191,7 +191,8 @@ class Known:
         """Ask for what is new, if that is not too much: then what was told over HA will do."""
         news = {sa: count for sa, count in self._news.items() if sa not in self._coming}
         views: Iterable[SaView | None] = [None] * len(news)
-        if len(news) <= FEW:
+        asked = len(news) <= FEW
+        if asked:
             views = await asyncio.gather(*(self._side.view(sa, search=search) for sa in news))
         for (sa, count), view in zip(news.items(), views, strict=True):
             if self._news.get(sa) != count or sa in self._coming:
@@ -203,8 +204,11 @@ class Known:
                 self._unsure.add(sa)
                 self._touched.add(sa)
                 self.present.put(self._reported(sa))
-            else:
+            elif asked:
                 self.drop(sa)
+            else:  # it has gone, or is one that HA does not tell of
+                del self._news[sa]
+                self._unsure.add(sa)
 
     def _reported(self, sa: SaName) -> SaView:
         """What charon has told over HA."""

@@ -294,3 +294,22 @@ def test_reports_that_were_lost_are_made_up_for_in_the_background() -> None:
         watch.cancel()
 
     run(scenario())
+
+
+def test_one_of_many_that_ha_does_not_tell_of_stays_known_until_all_are_listed() -> None:
+    async def scenario() -> None:
+        side = Side(1, 2)
+        side.record.forget(view(1).spis)
+        known = Known(side)
+        await known.now()
+        watching = asyncio.create_task(known.watch())
+        side.down(known, 2)
+        known.heed([view(1).spis])  # charon told of it over VICI
+        side.up(known, *range(3, FEW + 4))
+        await known.now()
+        assert 1 in names(known)
+        await asyncio.sleep(LISTED + 2 * SETTLE)
+        assert names(known) == {1, *range(3, FEW + 4)} and side.asked == ["all", "all"]
+        watching.cancel()
+
+    run(scenario())

@@ -60,7 +60,7 @@ class Listing:
     async def _all(self) -> list[SaView]:
         async with self._turn:
             self._next = None  # a listing that has begun is too old for later callers
-            before, now = self._read, dict[bytes, SaView | None]()
+            before, now, highest = self._read, dict[bytes, SaView | None](), self._highest
             asked_at = asyncio.get_running_loop().time()
 
             def read(octets: bytes) -> SaView | None:
@@ -69,8 +69,10 @@ class Listing:
 
             views = await self._asked(read)
             self._read = now
-        self._seen = {view.spis: (asked_at, view) for view in reversed(views)}
-        self._highest = max((view.unique_id for view in views), default=self._highest)
+        # numbers that were learnt meanwhile are of SAs that may have come up too late for the list
+        late = {sa: known for sa, known in self._seen.items() if known[1].unique_id > highest}
+        self._seen = late | {view.spis: (asked_at, view) for view in reversed(views)}
+        self._highest = max(self._highest, *(view.unique_id for view in views), 0)
         return views
 
     def recent(self, sa: SaName, seconds: float) -> SaView | None:

@@ -223,3 +223,32 @@ def test_a_number_that_charon_has_told_is_not_guessed() -> None:
         assert charon.sas[900] not in listing._seen
 
     asyncio.run(scenario())
+
+
+def test_a_number_that_is_told_while_all_are_listed_is_kept() -> None:
+    """The list is from before, and the SA with the highest number of it may have gone."""
+
+    async def scenario() -> None:
+        charon = Charon()
+        listing = Listing(charon.read_sas)
+        await listing.views()
+        charon.gate.clear()
+        everything = asyncio.create_task(listing.views())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        charon.sas[7], charon.sas[8] = (bytes([7]) * 8, bytes(8)), (bytes([8]) * 8, bytes(8))
+        listing.heard({"up": "yes", **parse_message(_message(7, *charon.sas[7]))})
+        charon.gate.set()
+        assert len(await everything) == 5
+        charon.asked.clear()
+        for number in (7, 8):
+            assert await listing.view(charon.sas[number]) is not None
+        assert charon.asked == [7, 8]
+        del charon.sas[8]
+        await listing.views()
+        charon.asked.clear()
+        charon.sas[9] = (bytes([9]) * 8, bytes(8))
+        assert await listing.view(charon.sas[9]) is not None
+        assert charon.asked == [9], "no number comes again"
+
+    asyncio.run(scenario())
