@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ikectx.disk.store import SqliteStore
+from ikectx.disk.syncs import Syncs
 from ikectx.engine.core import Engine, Moment, Wanted
 from ikectx.engine.effects import (
     Activate,
@@ -65,7 +66,7 @@ from ikectx.engine.outputs import (
 )
 from ikectx.engine.ports import ContextSink, ContextSource
 from ikectx.engine.report import TransferEvent
-from ikectx.engine.tables import SourceState
+from ikectx.engine.tables import SourceState, TargetState
 from ikectx.net.links import Dial, Link, Links
 from ikectx.wire.cxtp import Ctc, Ctd, Message, Pctd
 from ikectx.wire.whereabouts import Whereabouts
@@ -85,10 +86,11 @@ ERASE_AFTER = 5.0
 """Seconds after the end of a transfer until the store's log is emptied, in which its keys still are, sealed.
 By then charon has told that the SA is gone, so that the record has forgotten it."""
 
-SYNC_AFTER = 0.1
-"""Seconds from a write until the log is synced, for all writes of that time; at once where an SA is let go.
-No move waits for it. SAs do not outlive a loss of power, but packets of those that moved arrive
-afterwards: they are blocked or sent on by what the store says."""
+SYNC_OWNED, SYNC_REST = 0.1, 1.0
+"""Seconds from a write until the log is synced, for all writes of that time: where an SA is taken over, and
+otherwise; at once where it is let go. No move waits for it. SAs do not outlive a loss of power, but packets
+of those that moved arrive afterwards: they are blocked or sent on by what the store says. What is written
+before an SA changes hands, and behind that, says nothing about its packets."""
 
 GATHER = 0.03
 """Seconds that an SA that was prepared waits for others that are being prepared, so that they are frozen and
@@ -96,6 +98,13 @@ taken together, which is less work for each. The old gateway serves it meanwhile
 
 HearOf = Callable[[str, Whereabouts], None]
 """Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
+
+_SYNC_WITHIN: Mapping[str, float] = {
+    SourceState.RELEASED: 0.0,
+    TargetState.OWNING: SYNC_OWNED,
+    TargetState.OWNED: SYNC_OWNED,
+}
+"""By the journal's state; the sync begins before the other gateway hears of it."""
 
 _AT_ONCE = frozenset(
     {
@@ -167,12 +176,7 @@ class Driver:
         self._closed = False
         self._ended = False
         self._erasing: asyncio.TimerHandle | None = None
-        self._syncs_at: asyncio.TimerHandle | None = None
-        self._syncing: asyncio.Future[None] | None = None
-        self._unsynced = False
-        """Was something written since the last sync began?"""
-        self._sync_soon = False
-        """Is the next sync to begin at once?"""
+        self._syncs = Syncs(store)
         self._quiet = asyncio.Event()
 
     @property
@@ -213,9 +217,10 @@ class Driver:
     def close(self) -> None:
         """Carry out nothing any more, and end what is under way: as if the process had ended."""
         self._closed = True
-        for timer in (self._timer, self._erasing, self._syncs_at):
+        for timer in (self._timer, self._erasing):
             if timer is not None:
                 timer.cancel()
+        self._syncs.close()
         self._preparing.close()
         for task in self.running:
             task.cancel()
@@ -384,35 +389,11 @@ class Driver:
         writes, self._writes = self._writes, []
         with trace.about(writes[0].entry.transfer_id), trace.span("journal", "call"):
             outcomes = self._written(writes)
-        self._sync_later(at_once=any(output.entry.state == SourceState.RELEASED for output in writes))
+        self._syncs.within(min(_SYNC_WITHIN.get(output.entry.state, SYNC_REST) for output in writes))
         now = self.now()
         for output, outcome in zip(writes, outcomes, strict=True):
             self._ended = self._ended or bool(output.entry.result)
             self.engine.effect_done(now, output.effect, outcome)
-
-    def _sync_later(self, *, at_once: bool = False) -> None:
-        """`at_once`: an SA is about to be let go. The sync begins before the other gateway hears of that."""
-        self._unsynced = True
-        self._sync_soon = self._sync_soon or at_once
-        if self._syncing is not None or self._closed:
-            return
-        if self._sync_soon:
-            self._sync()
-        elif self._syncs_at is None:
-            self._syncs_at = asyncio.get_running_loop().call_later(SYNC_AFTER, self._sync)
-
-    def _sync(self) -> None:
-        """One sync at a time, because those of a slow disk would take all threads, which others need, too."""
-        if self._syncs_at is not None:
-            self._syncs_at.cancel()
-        self._syncs_at, self._unsynced, self._sync_soon = None, False, False
-        self._syncing = asyncio.get_running_loop().run_in_executor(None, self._store.sync)
-        self._syncing.add_done_callback(self._synced)
-
-    def _synced(self, _: asyncio.Future[None]) -> None:
-        self._syncing = None
-        if self._unsynced:
-            self._sync_later()
 
     def _written(self, writes: Sequence[Journal]) -> Sequence[object]:
         """The outcome of each. If all together fail, each is written alone, because only one may be bad."""

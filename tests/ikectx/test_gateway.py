@@ -100,7 +100,7 @@ def test_the_journal_is_synced_although_no_move_waits_for_it(monkeypatch: pytest
         async with world() as w:
             await one_move(w)
             await w.quiet()
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(3.0)
             assert synced
             assert synced[-1] == written
 
@@ -121,15 +121,16 @@ def test_an_sa_that_is_let_go_is_synced_at_once(monkeypatch: pytest.MonkeyPatch)
         synced.append(tuple(states))
         sync(store)
 
-    monkeypatch.setattr(driver, "SYNC_AFTER", 1e6)
+    monkeypatch.setattr(driver, "SYNC_REST", 1e6)
     monkeypatch.setattr(SqliteStore, "write", note_write)
     monkeypatch.setattr(SqliteStore, "sync", note_sync)
 
     async def scenario() -> None:
         async with world() as w:
             await one_move(w)
-            await until(lambda: bool(synced))
+            await until(lambda: len(synced) == 2)
             assert "released" in synced[0]
+            assert "owning" in synced[1], "packets of an SA that was taken over are blocked when it ends"
 
     run(scenario())
 
@@ -169,7 +170,7 @@ def test_a_slow_disk_takes_one_thread_and_no_more(monkeypatch: pytest.MonkeyPatc
                 assert (await w.a.agent.transfer(sa, "b")).result == "moved"
                 await asyncio.sleep(0.05)
             assert most == 2, "one of each gateway"
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(4.0)
             assert synced == written, "what was written meanwhile is synced afterwards"
 
     run(scenario())
