@@ -308,10 +308,9 @@ class CharonHost:
                     self.store.put(_RECORD, key, value, soon=soon or left < 0)
             for name in names:
                 if name not in self.record:  # deleted, moved away, or rekeyed: no other event removes them
-                    self.heard.forget(name)
-                    self.doubts.gone(name)
-                    self.deadlines.gone(name)
-                    self.listing.gone(name)
+                    parts = self.doubts.gone, self.deadlines.gone, self.listing.gone, self.known.drop
+                    for forget in (self.heard.forget, *parts):
+                        forget(name)
         except StoreError as error:
             log.error("the record of charon's SAs is not stored: %s", error)
             self.record.dirty |= names

@@ -473,14 +473,17 @@ def test_b10_nothing_is_kept_of_sas_that_have_gone() -> None:
                     store.put("doubt", spi.spis.key, b"")
                     host.doubts._keys.add(spi.spis.key)
             assert len(host.heard._spoke) > 1
+            assert len(host.known._news) > 1
             host.save()  # several IKE_SAs have been rekeyed
             assert set(host.heard._spoke) <= set(host.record.names())
+            assert set(host.known._news) <= set(host.record.names())
             assert {sa for sa, _ in host.doubts._told} <= set(host.record.names())
             assert {key for key, _ in store.items("doubt")} <= {sa.key for sa in host.record.names()}
             for name in host.record.names():
                 host.record.forget(name)  # moved to another gateway
             host.save()
             assert (host.heard._spoke, host.doubts._told, list(store.items("doubt"))) == ({}, set(), [])
+            assert (host.known._news, host.known.present.names()) == ({}, set())
 
     asyncio.run(scenario())
 
