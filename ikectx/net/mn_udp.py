@@ -344,6 +344,8 @@ class _Run:
         self._sock: socket.socket | None = None
         self._to: Endpoint | None = None
         self._told = MobileState.NEW
+        self._trouble: int | None = None
+        """The error at sending that was logged last."""
 
     async def run(self, bind: Address | None, moves: Awaitable[Endpoint | None] | None) -> HandoverOutcome:
         handover = self._handover
@@ -400,8 +402,13 @@ class _Run:
         assert self._sock is not None
         try:
             self._sock.sendto(octets, (str(to.address), to.port))
-        except OSError as error:  # the same as a loss on the way: the next try may arrive
-            log.info("no CTAR to %s: %s", to, error.strerror)
+        except (
+            OSError
+        ) as error:  # of this machine's own, because errors of the way are not told to this socket
+            if error.errno != self._trouble:
+                self._trouble = error.errno
+                log.info("no CTAR to %s, it is tried again and again: %s", to, error.strerror)
+            self._handover.not_sent(self._clock.now())
 
     def _open(self, to: Endpoint, here: Address | None) -> None:
         self._close()

@@ -107,6 +107,10 @@ MOBILE_TABLE: Table[MobileState, MobileInput, Never] = {
     (_S.ARRIVING, _I.CANCEL): (_S.SILENT,),
 }
 
+NO_ROUTE = 0.02
+"""Seconds until a CTAR that could not leave this machine is sent again: an address comes a moment before the
+routes that lead from it."""
+
 MOBILE_FINAL = frozenset({_S.ACTIVATED, _S.REFUSED, _S.SILENT, _S.CANCELLED})
 
 COOKIES = 3
@@ -358,6 +362,21 @@ class Handover(Talker[MobileState, MobileInput, Never, HandoverEvent]):
             self._deadline = now + self._retry.give_up
         self._due = min(now + self._retry.wait(self._sent), self._deadline)
         return [(self._octets, self._to.cxtp)]
+
+    def not_sent(self, now: float) -> None:
+        """What `to_send` gave did not leave this machine, which has no route from its new place yet: it is
+        given again soon, and is none of the tries."""
+        if not self._waits or self._deadline is None:
+            return
+        tried = not self._cookies
+        seen = self._outcome
+        self._know(
+            messages=seen.messages - 1,
+            octets=seen.octets - len(self._octets),
+            retransmissions=seen.retransmissions - (tried and self._sent > 1),
+        )
+        self._sent -= tried
+        self._due = min(now + NO_ROUTE, self._deadline)
 
     def handle_timer(self, now: float) -> None:
         if self._due is None or now < self._due:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 
 from ikectx.errors import LinkError, UsageError, WireError
 from ikectx.net import bypass as bypass_room
+from ikectx.net import mn_udp
 from ikectx.net.bypass import bypass
 from ikectx.net.mn_udp import MAX_AT_WORK, MnServer, run_handover
 from ikectx.node.mobility import (
@@ -171,6 +175,36 @@ def test_lost_answers_are_asked_for_again() -> None:
             assert (server.counters.received, server.counters.unanswered) == (3, 2)
 
     asyncio.run(run())
+
+
+def test_a_route_that_comes_late_is_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Blocked(socket.socket):
+        tries = 0
+
+        def sendto(self, *args: Any) -> int:
+            Blocked.tries += 1
+            if Blocked.tries <= 3:
+                raise OSError(errno.ENETUNREACH, "Network is unreachable")
+            return super().sendto(*args)
+
+    opened = mn_udp._open
+    monkeypatch.setattr(mn_udp, "_open", lambda *args: Blocked(fileno=opened(*args).detach()))
+
+    async def run() -> None:
+        async with serving() as (_, nsg):
+            retry = Retry(60.0, 60.0, 120.0)  # a try takes this long
+            machine = handover(Endpoint(HERE[4], 1), nsg, HandoverMode.REACTIVE, Endpoint(HERE[4], 4500))
+            machine._retry = retry
+            async with asyncio.timeout(30):
+                outcome = await run_handover(machine, protect=no_protection)
+        assert (outcome.state, outcome.messages, outcome.retransmissions) == (MobileState.ACTIVATED, 2, 0)
+
+    with caplog.at_level(logging.INFO, logger="ikectx.mnlink"):
+        asyncio.run(run())
+    assert Blocked.tries == 4
+    assert caplog.text.count("Network is unreachable") == 1
 
 
 def test_nobody_there_leaves_doubt() -> None:

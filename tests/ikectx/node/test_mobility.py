@@ -14,6 +14,7 @@ from ikectx.errors import UsageError
 from ikectx.node.mobility import (
     MOBILE_FINAL,
     MOBILE_TABLE,
+    NO_ROUTE,
     Activated,
     GaveUp,
     Handover,
@@ -282,6 +283,34 @@ def test_retransmissions_double_and_repeat_the_octets() -> None:
     assert machine.outcome.retransmissions == 5
     assert machine.outcome.octets == 6 * len(first)
     assert "not known" in machine.outcome.text
+
+
+def test_what_could_not_leave_is_sent_soon_and_is_no_try() -> None:
+    machine = handover(HandoverMode.REACTIVE, limits=Limits(Retry(1.0, 4.0, 10.0)))
+    first = sent(machine, 0)
+    machine.not_sent(0)
+    for at in (NO_ROUTE, 2 * NO_ROUTE):
+        assert machine.next_timer() == pytest.approx(at)
+        machine.handle_timer(at)
+        assert sent(machine, at) == first
+        machine.not_sent(at)
+    machine.handle_timer(3 * NO_ROUTE)
+    sent(machine, 3 * NO_ROUTE)
+    seen = machine.outcome
+    assert (seen.messages, seen.octets, seen.retransmissions) == (1, len(first.serialize()), 0)
+    assert machine.next_timer() == pytest.approx(1.0 + 3 * NO_ROUTE)
+
+
+def test_who_never_sent_is_in_no_doubt() -> None:
+    machine, now = handover(HandoverMode.REACTIVE, limits=Limits(Retry(1.0, 4.0, 10.0))), 0.0
+    while machine.state is S.ARRIVING or machine.state is S.NEW:
+        if machine.to_send(now):
+            machine.not_sent(now)
+        due = machine.next_timer()
+        assert due is not None and due <= 10.0
+        now = max(now, due)
+        machine.handle_timer(now)
+    assert (machine.state, machine.outcome.in_doubt, now) == (S.SILENT, False, 10.0)
 
 
 def test_an_announcement_without_answer_leaves_no_doubt() -> None:
