@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 
 from ikectx.clock import steady_wall
@@ -12,10 +13,14 @@ from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView
 
 from .deadlines import Deadline, Deadlines
-from .rekey_after_move import FreshKeys
+from .rekey_after_move import Ask, FreshKeys
 
 log = logging.getLogger(__name__)
 
+LOOK = 0.5
+"""Seconds from one list of all SAs to the next, while any is to have fresh keys."""
+REST = 10
+"""So many times as long as that list took, if that is more, because of thousands it takes a second."""
 REKEY_AGAIN = 5.0
 """Seconds until charon is asked again for a rekey that it did not begin."""
 
@@ -38,12 +43,14 @@ class DueRekeys:
         self._look = look
         self._views = views
         self._rekey = rekey
+        self._list_after = -math.inf
+        """By the event loop's clock."""
 
     async def watch(self) -> None:
         """Ask charon for the rekeys that an original lifetime demands."""
         while True:
             due = self._deadlines.next_due()
-            wait = 0.5 if self._fresh else 3600.0 if due is None else due - steady_wall()
+            wait = LOOK if self._fresh else 3600.0 if due is None else due - steady_wall()
             await asyncio.sleep(min(max(wait, 0.2), 1.0))
             due = self._deadlines.next_due()
             if not self._fresh and (due is None or due > steady_wall()):
@@ -66,7 +73,7 @@ class DueRekeys:
                 self._deadlines.later(entry, steady_wall() + REKEY_AGAIN)
             except StoreError as error:
                 trouble = error
-        for what, number in self._fresh.due(await self._views(), steady_wall()) if self._fresh else ():
+        for what, number in await self._stale():
             log.info("asking for fresh keys: %s %d", what, number)
             try:
                 if what == "ike":
@@ -77,6 +84,15 @@ class DueRekeys:
                 trouble = error
         if trouble is not None:
             raise trouble
+
+    async def _stale(self) -> list[Ask]:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        if not self._fresh or began < self._list_after:
+            return []
+        views = await self._views()
+        self._list_after = loop.time() + REST * (loop.time() - began)
+        return self._fresh.due(views, steady_wall())
 
     async def _ask_rekey(self, entry: Deadline, view: SaView) -> None:
         if entry.child:

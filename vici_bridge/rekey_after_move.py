@@ -81,14 +81,20 @@ class FreshKeys:
 
     def due(self, views: Iterable[SaView], wall: float) -> list[Ask]:
         """The rekeys to ask charon for now; SAs that are rekeyed or gone are forgotten."""
-        views = list(views)
+        named: dict[str, SaView] = {}
+        with_child: dict[str, SaView] = {}
+        for view in views:
+            named[view.spis.key] = view
+            with_child.update((child.spi_in.hex(), view) for child in view.children)
         asks: list[Ask] = []
         for noted in list(self._wanted.values()):
             wanted = noted
-            view = next((view for view in views if _is(view, wanted)), None)
-            if view is None:
+            rekeyed = (with_child[child] for child in wanted.children if child in with_child)
+            found = named.get(wanted.spis) or next(rekeyed, None)
+            if found is None:
                 self._forget(wanted)
                 continue
+            view = found
             left: list[Ask] = [("child", child.unique_id) for child in _left(view, wanted)]
             if wanted.alone and not left and not _exchanged(view):
                 log.info(
@@ -136,8 +142,3 @@ def _left(view: SaView, wanted: _Wanted) -> list[ChildView]:
     return [
         child for child in view.children if child.spi_in.hex() in set(wanted.children) & set(_installed(view))
     ]
-
-
-def _is(view: SaView, wanted: _Wanted) -> bool:
-    children = {child.spi_in.hex() for child in view.children}
-    return view.spis.key == wanted.spis or not children.isdisjoint(wanted.children)
