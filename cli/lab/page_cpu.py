@@ -102,8 +102,9 @@ def drains(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         "grown by since before the SAs came up. One of the mobile nodes has traffic in both directions all "
         "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move, and what is lost "
         "is lost towards the mobile node while its own SA moves: it takes nothing from the new gateway "
-        "before that rekey. The gateways' charons have their default settings there; the drain in a guest "
-        "ran with `kernel-netlink.roam_events = no`, when detours still stood in a table of their own."
+        "before that rekey. There a charon goes through lists of its SAs and policies for each packet and "
+        "each SA (libipsec), so the charons' share grows with the number: in a drain of 600 that is 55 % of "
+        "the mobile nodes' charon and 43 % of the old gateway's (by `perf`)."
     )
 
 
