@@ -46,6 +46,19 @@ SLOW = 1.0
 """Seconds for SAs that begin to move together, before others begin beside those that are not there yet."""
 
 
+async def _room(moving: set[asyncio.Task[TransferReport]], most: int) -> set[asyncio.Task[TransferReport]]:
+    """Wait until half of the most that may move at a time can begin, or until one can after `SLOW` seconds.
+    Returns those that still move."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + SLOW
+    while len(moving) > most // 2:
+        wait = max(0.0, end - loop.time()) if len(moving) < most else None
+        done, moving = await asyncio.wait(moving, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            break
+    return moving
+
+
 class Gateway:
     """One gateway: its peers, its transfers in both directions, its journal."""
 
@@ -205,8 +218,9 @@ class Gateway:
     ) -> list[TransferReport]:
         """Move several SAs, `parallel` at a time; reports in the order of `sas`.
 
-        They begin together, so that what each step asks of charon, the kernel and the disk is asked once for
-        several. Those that are still under way after `SLOW` seconds do not hold up the next ones.
+        Half of them begin together, so that what each step asks of charon, the kernel and the disk is asked
+        once for several, and there is always something to do. Those that are still under way after `SLOW`
+        seconds do not hold up the next ones.
 
         An error about one SA becomes its report. Errors: UsageError, StateError.
         """
@@ -222,17 +236,15 @@ class Gateway:
                 return self._never_began(sa, to, error, address, dry_run)
 
         left, begun = list(dict.fromkeys(sas)), list[asyncio.Task[TransferReport]]()
-        slow = set[asyncio.Task[TransferReport]]()
+        most = max(1, parallel)
+        moving = set[asyncio.Task[TransferReport]]()
         try:
             while left:
-                if len(slow) >= max(1, parallel):
-                    _, slow = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
-                room = max(1, parallel) - len(slow)
-                now = [asyncio.create_task(one(sa)) for sa in left[:room]]
-                del left[:room]
+                now = [asyncio.create_task(one(sa)) for sa in left[: most - len(moving)]]
+                del left[: len(now)]
                 begun += now
-                _, late = await asyncio.wait(now, timeout=SLOW)
-                slow = {task for task in slow | late if not task.done()}
+                moving.update(now)
+                moving = await _room(moving, most)
             return list(await asyncio.gather(*begun))
         except asyncio.CancelledError:
             for task in begun:
