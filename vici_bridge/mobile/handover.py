@@ -76,8 +76,6 @@ Answering = Callable[
     [SaName, Endpoint, Collection[Address]], AbstractAsyncContextManager[asyncio.Future[IkeContext]]
 ]
 """`spis.SpiWatch.answering`, or a stand-in."""
-_FIRST = 3
-"""Rounds of the event loop in which the request leaves. It may take more of them: then it leaves later."""
 AFTER_IKE = 1.0
 """Seconds to wait for the new gateway's CTAA after it has sent an IKE request that only the serving gateway
 can make."""
@@ -326,8 +324,7 @@ class Handovers:
         """What the request need not wait for: packets leave from `here` (None: they do), and the SA becomes
         passive."""
         if here is not None:
-            for _ in range(_FIRST):
-                await asyncio.sleep(0)
+            await run.asked.wait()
             await self._mobile.ahead(run.context, here, run.beyond(here))
         await self._hold(run)
 
@@ -355,6 +352,7 @@ class Handovers:
         """Wait until the SA is passive, if that goes on beside the request. Raises nothing."""
         if run.holding is None:
             return
+        run.asked.set()  # it may have ended before it left
         await asyncio.wait({run.holding})
         if not run.holding.cancelled() and (error := run.holding.exception()) is not None:
             if not isinstance(error, IkectxError):
@@ -458,6 +456,8 @@ class Handovers:
                     run.prepared.set_result(None)
             elif state in (MobileState.ANNOUNCING, MobileState.ARRIVING) and event is None:
                 asked = run.psg if state is MobileState.ANNOUNCING else run.nsg
+                if asked is run.nsg:
+                    run.asked.set()
                 run.tell({"phase": "asking", "ms": 0.0, "to": run.nsg.name, "detail": f"asking {asked.name}"})
 
         return told

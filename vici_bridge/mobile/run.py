@@ -37,6 +37,8 @@ class HandoverRun:
     """True if the SA is passive because of this handover."""
     holding: asyncio.Task[None] | None = None
     """Makes it passive, beside the request to the new gateway."""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the request to the new gateway has left, and at the latest when it has ended."""
     heard_more: bool = False
     """True if charon has had a request of the old gateway that the new one was not told of."""
     moved: asyncio.Future[Address] | None = None
