@@ -90,7 +90,7 @@ SYNC_OWNED, SYNC_REST = 0.1, 1.0
 """Seconds from a write until the log is synced, for all writes of that time: where an SA is taken over, and
 otherwise; at once where it is let go. No move waits for it. SAs do not outlive a loss of power, but packets
 of those that moved arrive afterwards: they are blocked or sent on by what the store says. What is written
-before an SA changes hands, and behind that, says nothing about its packets."""
+before an SA changes hands, or after that, blocks no packets and sends none on."""
 
 GATHER = 0.03
 """Seconds that an SA that was prepared waits for others that are being prepared, so that they are frozen and
@@ -172,7 +172,9 @@ class Driver:
         """What observers will be told soon."""
         self._writes: list[Journal] = []
         """What is to be written as soon as nothing else is to be carried out."""
-        self._pumping = self._sent = False
+        self._pumping = False
+        self._sent = False
+        """Whether a message left in this round of `pump`."""
         self._closed = False
         self._ended = False
         self._erasing: asyncio.TimerHandle | None = None
@@ -256,12 +258,13 @@ class Driver:
         if self._pumping or self._closed:
             return
         self._pumping = True
+        waited = bool(self._writes)  # for a round, in which messages left: not for another one
         try:
             while not self._closed:
                 output = self.engine.next_output()
                 if output is not None:
                     self._carry_out(output)
-                elif self._writes and not self._sent:
+                elif self._writes and (waited or not self._sent):
                     self._write()
                 else:
                     break

@@ -12,7 +12,7 @@ _R = TypeVar("_R")
 
 
 class Crowd:
-    """A context manager around the work on each SA, by which one that is alone knows that."""
+    """How many SAs there is work on: a context manager around the work on each."""
 
     __slots__ = ("_many",)
 
@@ -27,7 +27,7 @@ class Crowd:
 
     @property
     def alone(self) -> bool:
-        """Whether there is work on one SA, and no more."""
+        """Whether there is work on one SA only, which has no others to wait for."""
         return self._many == 1
 
 
@@ -53,9 +53,8 @@ class Together(Generic[_T, _R]):
         """The result for the item. Who does not wait any longer stops nothing that is for others, too."""
         if self._crowd is not None and self._crowd.alone and not self._items:
             found = self._do([item])
-            return (found if isinstance(found, list | tuple) else await cast(Awaitable[Sequence[_R]], found))[
-                0
-            ]
+            results = found if isinstance(found, list | tuple) else await cast(Awaitable[Sequence[_R]], found)
+            return results[0]
         loop = asyncio.get_running_loop()
         if not self._items:
             loop.call_soon(self._all)

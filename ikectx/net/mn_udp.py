@@ -402,9 +402,8 @@ class _Run:
         assert self._sock is not None
         try:
             self._sock.sendto(octets, (str(to.address), to.port))
-        except (
-            OSError
-        ) as error:  # of this machine's own, because errors of the way are not told to this socket
+        except OSError as error:
+            # one of this machine: errors on the way are not told to a socket that is not connected
             if error.errno != self._trouble:
                 self._trouble = error.errno
                 log.info("no CTAR to %s, it is tried again and again: %s", to, error.strerror)
