@@ -290,6 +290,27 @@ def test_an_mn_is_not_told_again_that_its_sa_is_here_once_it_has_left() -> None:
     run(scenario())
 
 
+def test_the_disk_waits_for_messages_of_one_round_only() -> None:
+    """Where messages leave in each round, the journal is written all the same."""
+
+    async def scenario() -> None:
+        async with world() as w:
+            mn, driver = serve(w, a_context()), w.b.agent._driver
+            following, busy = driver.engine.next_output, 1000
+
+            def next_output() -> object:
+                nonlocal busy
+                busy = max(0, busy - 1)
+                driver._sent = driver._sent or busy > 0
+                return following()
+
+            driver.engine.next_output = next_output  # type: ignore[method-assign,assignment]
+            assert mn.says(await w.b.agent.ctar(*mn.arrive())) is Status.OK
+            assert busy > 0
+
+    run(scenario())
+
+
 def test_a_message_does_not_wait_for_the_disk() -> None:
     """Beside the notice the journal is to be written, because the SA is taken next."""
 
