@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Awaitable, Callable
 
 from ikectx.clock import steady_wall
@@ -13,21 +12,18 @@ from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView
 
 from .deadlines import Deadline, Deadlines
+from .known import Known
 from .rekey_after_move import Ask, FreshKeys
 
 log = logging.getLogger(__name__)
 
 LOOK = 0.5
-"""Seconds from one list of all SAs to the next, while any is to have fresh keys."""
-REST = 10
-"""So many times as long as that list took, if that is more, because of thousands it takes a second."""
+"""Seconds at least from one list of all SAs to the next, while any is to have fresh keys."""
 REKEY_AGAIN = 5.0
 """Seconds until charon is asked again for a rekey that it did not begin."""
 
 Look = Callable[[SaName], Awaitable[SaView | None]]
 """An SA as charon has it now, None: it has no such SA. Errors: CharonError, WireError."""
-Views = Callable[[], Awaitable[list[SaView]]]
-"""All IKEv2 SAs of charon. Errors: CharonError, WireError."""
 Rekey = Callable[[int | None, int | None], Awaitable[None]]
 """Asks charon to rekey the IKE_SA, or the CHILD_SA, of that unique id. Errors: CharonError, WireError."""
 
@@ -36,15 +32,13 @@ class DueRekeys:
     """The watch over `deadlines`, and over the keys that are to be `fresh` after a move."""
 
     def __init__(
-        self, deadlines: Deadlines, fresh: FreshKeys, look: Look, views: Views, rekey: Rekey
+        self, deadlines: Deadlines, fresh: FreshKeys, look: Look, known: Known, rekey: Rekey
     ) -> None:
         self._deadlines = deadlines
         self._fresh = fresh
         self._look = look
-        self._views = views
+        self._known = known
         self._rekey = rekey
-        self._list_after = -math.inf
-        """By the event loop's clock."""
 
     async def watch(self) -> None:
         """Ask charon for the rekeys that an original lifetime demands."""
@@ -86,13 +80,10 @@ class DueRekeys:
             raise trouble
 
     async def _stale(self) -> list[Ask]:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        if not self._fresh or began < self._list_after:
+        now = asyncio.get_running_loop().time()
+        if not self._fresh or now < self._known.list_after(LOOK):
             return []
-        views = await self._views()
-        self._list_after = loop.time() + REST * (loop.time() - began)
-        return self._fresh.due(views, steady_wall())
+        return self._fresh.due(await self._known.list_all(), steady_wall())
 
     async def _ask_rekey(self, entry: Deadline, view: SaView) -> None:
         if entry.child:

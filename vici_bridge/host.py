@@ -202,7 +202,7 @@ class CharonHost:
         self.spawn(self.traps.watch())
         if not self.config.mobile_node:
             self.spawn(self.known.watch())
-        self.spawn(DueRekeys(self.deadlines, self.fresh, self._due, self.views, self._rekey).watch())
+        self.spawn(DueRekeys(self.deadlines, self.fresh, self._due, self.known, self._rekey).watch())
 
     def _flushed(self) -> None:
         log.warning("somebody removed all IPsec policies (a flush?): this agent's are back, charon's are not")

@@ -81,9 +81,10 @@ class Known:
         """How many reports had been lost at that time."""
         self.life = 0
         """How often charon has ended or come."""
-        self._list_after = -math.inf
-        """When all may be listed in the background again, by the event loop's clock."""
         self._listed_at = -math.inf
+        """When all were listed last, by the event loop's clock."""
+        self._took = 0.0
+        """Seconds that this list took."""
         self._turn = asyncio.Lock()
         self._touched: set[SaName] = set()
         """SAs about which something was learnt since the list that is under way was asked for."""
@@ -158,6 +159,11 @@ class Known:
         async with self._turn:
             return await self._list()
 
+    def list_after(self, seconds: float) -> float:
+        """When all may be listed again in the background, by the event loop's clock: so many seconds after
+        the last time, or `REST` times as many as that took."""
+        return self._listed_at + max(seconds, REST * self._took)
+
     async def watch(self) -> None:
         """Ask for what is new in the background, until cancelled."""
         while True:
@@ -182,8 +188,9 @@ class Known:
         if self._complete and not self._unsure:
             return
         loop = asyncio.get_running_loop()
-        if loop.time() < self._list_after:
-            loop.call_at(self._list_after, self._heard.set)
+        after = self.list_after(LISTED)
+        if loop.time() < after:
+            loop.call_at(after, self._heard.set)
         else:
             await self.list_all()
 
@@ -228,7 +235,7 @@ class Known:
             if life == self.life:
                 break
         self._listed_at = loop.time()
-        self._list_after = self._listed_at + max(LISTED, REST * (self._listed_at - began))
+        self._took = self._listed_at - began
         for number, view in enumerate(views, 1):
             if view.spis not in self._touched and view.spis not in self._coming:
                 # a note for each SA, which are written here, not with what a mobile node waits for

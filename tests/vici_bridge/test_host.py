@@ -451,7 +451,7 @@ def test_b8_lifetimes_are_watched_on_after_an_error_and_none_is_forgotten(
 
             monkeypatch.setattr(host.deadlines, "due", due)
             watcher = asyncio.create_task(
-                DueRekeys(host.deadlines, host.fresh, host.view, host.views, host._rekey).watch()
+                DueRekeys(host.deadlines, host.fresh, host.view, host.known, host._rekey).watch()
             )
             async with asyncio.timeout(5):
                 await until(lambda: vici.asked == [1, 2, 1])

@@ -25,7 +25,8 @@ class Side:
 
     def __init__(self, *numbers: int) -> None:
         self.record = Record()
-        self.deadlines = Deadlines(MemoryStore())
+        self.store = MemoryStore()
+        self.deadlines = Deadlines(self.store)
         self.sas = {view(number).spis: view(number) for number in numbers}
         self.hidden: set[SaName] = set()
         self.tags = False
