@@ -103,8 +103,8 @@ def drains(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move, and what is lost "
         "is lost towards the mobile node while its own SA moves: it takes nothing from the new gateway "
         "before that rekey. There a charon goes through lists of its SAs and policies for each packet and "
-        "each SA (libipsec), so the charons' share grows with the number: in a drain of 600 that is 55 % of "
-        "the mobile nodes' charon and 43 % of the old gateway's (by `perf`)."
+        "each SA (libipsec), so the charons' share grows with the number (`perf record -p` of the mobile "
+        "nodes' charon while `ikectx lab bench --esp libipsec --drain 600` runs: 55 % in libipsec)."
     )
 
 
@@ -157,10 +157,7 @@ def profiles(moves: Sequence[Mapping[str, Any]], drains: Sequence[Mapping[str, A
         "product's own modules belongs to. Of a few hundred samples, a part of 10 % may be 8 or 12. What "
         "Python's library and SQLite do for a part counts for it. *The event loop*: what asyncio takes for "
         "its rounds, beside what it runs in them. In a drain psg is the old gateway, nsg the new one; moves "
-        "to and fro make each of them both. A single move makes some 18,000 calls of Python functions at "
-        "both agents, an SA in a drain 15,000 (counted in November 2026), and each of them takes half the "
-        "time there: between the messages of a single move agents wait, and other programs fill the CPU's "
-        "caches. A Python that was built with optimizations takes as long for a move as one without."
+        "to and fro make each of them both."
     )
 
 
