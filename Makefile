@@ -1,5 +1,5 @@
 # For those who have make; everything works without: see examples/demo.sh and tests/run.sh.
-STEPS := format lint types floors unit live kernel scenarios virtual new-12 new-13 readme kills scenarios-13 mixed all-13 all-sid
+STEPS := format lint types floors unit live kernel scenarios virtual new-12 new-13 readme kills scenarios-13 mixed all-13 all-sid post-quantum
 
 .PHONY: help demo test setup fix clean $(STEPS)
 

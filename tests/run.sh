@@ -15,6 +15,7 @@
 #   readme                                README's commands on three machines that a systemd has booted, in a guest
 #   mixed                                 two versions of strongSwan: another one at nsg than at psg and mn
 #   all-13 all-sid                        every scenario on Debian 13, and on sid: only when they are named
+#   post-quantum                          the live tests of ML-KEM, by the strongSwan of sid: only when it is named
 #
 # Steps go on after a failure. The closing lines tell what failed and what was skipped, and why; the last one
 # counts: "N passed, N failed". What ALL_SECONDS do not suffice for has failed. Exit code 0 only without failures.
@@ -27,7 +28,7 @@ HERE=(format lint types floors unit)
 # lanes fill two processors.
 LANES=3
 ALL=(format lint types floors new-13 scenarios live new-12 readme virtual kills kernel scenarios-13 mixed)
-STEPS=("${ALL[@]}" unit all-13 all-sid)
+STEPS=("${ALL[@]}" unit all-13 all-sid post-quantum)
 # These wait for a time limit, a minute some of them, or have TCP, which a busy machine stretches: they run in
 # virtual time only.
 PATIENT=(begins fresh-keys inside-agents-killed inside-stays inside-traffic inside-terminated left lifetime move-life
@@ -174,6 +175,22 @@ step_mixed() {
 mixed() { # mixed STEP SUITE ROOT: nsg's charon is that of the other installation
     IKECTX_LAB_CHARON_NSG=$3/opt/ikectx/charon \
         scenarios "$1" "nsg with the strongSwan of $2, else on this Debian" handover move-ten-times --guest uml
+}
+
+step_post-quantum() { on_root sid post_quantum post-quantum; }
+
+post_quantum() { # post_quantum STEP ROOT: an older charon, at nsg, is that of this machine
+    say "$1"
+    ml_kem "$1" "strongSwan of sid at all hosts" "$2" "$2/opt/ikectx/charon" "not older"
+    ml_kem "$1" "strongSwan of sid at mn and psg" "$2" /usr/sbin/charon-systemd older
+}
+
+ml_kem() { # ml_kem STEP WHERE ROOT CHARON TESTS: those live tests, with that charon at nsg
+    local began=$SECONDS
+    rm -f "$results/$1.xml"
+    IKECTX_LAB_CHARON=$3/opt/ikectx/charon IKECTX_LAB_CHARON_NSG=$4 within 600 "${APART[@]}" \
+        .venv/bin/python -m pytest -q -m live -k "$5" --junit-xml "$results/$1.xml" tests/live/test_post_quantum.py
+    count "$1" "$2" "$results/$1.xml" $? $((SECONDS - began))
 }
 
 step_readme() {
