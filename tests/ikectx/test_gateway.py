@@ -236,6 +236,36 @@ def test_one_connection_carries_both_directions() -> None:
     run(scenario())
 
 
+def test_the_next_sas_begin_when_half_of_those_that_move_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            sas = [w.a.daemon.serve(a_context(n, mn=f"198.51.100.{n}")) for n in range(1, 9)]
+            gates = {sa: asyncio.Event() for sa in sas}
+            begun: list[SaName] = []
+            freeze = w.a.daemon.freeze
+
+            async def waiting(context: IkeContext, *args: Any, **named: Any) -> Any:
+                begun.append(context.spis)
+                await gates[context.spis].wait()
+                return await freeze(context, *args, **named)
+
+            monkeypatch.setattr(w.a.daemon, "freeze", waiting)
+            moving = asyncio.create_task(w.a.agent.transfer_all(sas, "b", parallel=4))
+            await until(lambda: len(begun) == 4)
+            gates[sas[0]].set()
+            await until(lambda: sas[0] in w.b.daemon.served)
+            await asyncio.sleep(0.1)
+            assert len(begun) == 4
+            gates[sas[1]].set()
+            await until(lambda: len(begun) == 6)
+            for gate in gates.values():
+                gate.set()
+            assert {report.result for report in await moving} == {"moved"}
+            assert begun == sas
+
+    run(scenario())
+
+
 def test_a_slow_sa_holds_up_the_others_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         async with world() as w:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 import pytest
 
 from ikectx.together import Crowd, Gather, Together
 from tests.hand_loop import run
 
+Doubled = Callable[[Sequence[int]], Sequence[int]]
 
-def test_all_items_of_one_round_are_done_at_once() -> None:
+
+def doubling() -> tuple[list[list[int]], Doubled, Callable[[Sequence[int]], Awaitable[Sequence[int]]]]:
+    """What was done, and what does it: at once, or in another round."""
     done: list[list[int]] = []
 
     def both(items: Sequence[int]) -> Sequence[int]:
@@ -22,6 +25,12 @@ def test_all_items_of_one_round_are_done_at_once() -> None:
     async def slowly(items: Sequence[int]) -> Sequence[int]:
         await asyncio.sleep(0)
         return both(items)
+
+    return done, both, slowly
+
+
+def test_all_items_of_one_round_are_done_at_once() -> None:
+    done, both, slowly = doubling()
 
     async def scenario() -> None:
         for together in (Together(both), Together(slowly)):
@@ -34,15 +43,7 @@ def test_all_items_of_one_round_are_done_at_once() -> None:
 
 
 def test_one_that_is_alone_waits_for_no_others() -> None:
-    done: list[list[int]] = []
-
-    def both(items: Sequence[int]) -> Sequence[int]:
-        done.append(list(items))
-        return [item * 2 for item in items]
-
-    async def slowly(items: Sequence[int]) -> Sequence[int]:
-        await asyncio.sleep(0)
-        return both(items)
+    done, both, slowly = doubling()
 
     def rounds(work: Coroutine[None, None, int]) -> int:
         """In how many rounds of an event loop it is done: those of coroutines that wait for nothing else."""
