@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from ikectx.clock import steady_wall
 from ikectx.errors import CharonError, IkectxError, StoreError, WireError
@@ -12,7 +13,6 @@ from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView
 
 from .deadlines import Deadline, Deadlines
-from .known import Known
 from .rekey_after_move import Ask, FreshKeys
 
 log = logging.getLogger(__name__)
@@ -28,11 +28,21 @@ Rekey = Callable[[int | None, int | None], Awaitable[None]]
 """Asks charon to rekey the IKE_SA, or the CHILD_SA, of that unique id. Errors: CharonError, WireError."""
 
 
+class SasListed(Protocol):
+    """`Known`."""
+
+    def list_after(self, seconds: float) -> float:
+        """When all may be listed again, so many seconds after the last time at least."""
+
+    async def list_all(self) -> list[SaView]:
+        """All SAs, asked for after this call. Errors: CharonError, WireError."""
+
+
 class DueRekeys:
     """The watch over `deadlines`, and over the keys that are to be `fresh` after a move."""
 
     def __init__(
-        self, deadlines: Deadlines, fresh: FreshKeys, look: Look, known: Known, rekey: Rekey
+        self, deadlines: Deadlines, fresh: FreshKeys, look: Look, known: SasListed, rekey: Rekey
     ) -> None:
         self._deadlines = deadlines
         self._fresh = fresh
