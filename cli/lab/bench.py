@@ -351,8 +351,12 @@ def read(text: str, file: str) -> dict[str, Any]:
 
 
 def place(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for figures that stand in one column; what its kernel costs differs each time."""
-    return {key: value for key, value in machine.items() if key not in ("syscall_us", "thread_us")}
+    """What must be the same for figures that stand in one column; what its kernel costs differs each time.
+
+    Older summaries do not tell of `python`: it is "" then.
+    """
+    known = {"python": "", **machine}
+    return {key: value for key, value in known.items() if key not in ("syscall_us", "thread_us")}
 
 
 def merge(summaries: Mapping[str, Mapping[str, Any]], command: str) -> dict[str, Any]:
@@ -365,13 +369,15 @@ def merge(summaries: Mapping[str, Mapping[str, Any]], command: str) -> dict[str,
     for file, summary in summaries.items():
         first = next(iter(summaries))
         if merged.setdefault("strongswan", summary["strongswan"]) != summary["strongswan"]:
-            ours, theirs = merged["strongswan"], summary["strongswan"]
-            raise UsageError(f"strongswan was {ours} in {first}, {theirs} in {file}")
+            ours = merged["strongswan"]
+            raise UsageError(f"strongswan was {ours} in {first}, {summary['strongswan']} in {file}")
         for name, part in summary["parts"].items():
             own = merged["parts"].setdefault(name, {"machine": part["machine"], "scenarios": {}})
+            theirs = place(part["machine"])
             for key, value in place(own["machine"]).items():
-                if part["machine"][key] != value:
-                    raise UsageError(f"{PARTS[name]}: {key} was {value}, {part['machine'][key]} in {file}")
+                if theirs[key] != value:
+                    told = f"{value or 'not told'}, {theirs[key] or 'not told'} in {file}"
+                    raise UsageError(f"{PARTS[name]}: {key} was {told}")
             for scenario, one in part["scenarios"].items():
                 if (name, scenario) in came:
                     raise UsageError(f"{scenario} is in {came[name, scenario]} and in {file}")

@@ -20,6 +20,7 @@ from ikectx_cli.lab.measure import parse_counters
 from ikectx_cli.lab.page import page, picture
 
 HOST = {"cpu": "Some CPU", "cores": 2, "kernel": "6.1.0", "scheduled": "like others, on 2"}
+PYTHON = {"python": "3.11.2, built with a profile"}
 HERE = {"kernel": "7.2.13", "cpus": 1, "syscall_us": 15.0, "thread_us": 120.0}
 
 
@@ -167,9 +168,18 @@ def test_the_page_says_what_machine_it_was() -> None:
     )
     assert (
         line(text, "The machine", "real time") == "| real time | Some CPU | 2 | like others, on 2 | 6.1.0 "
-        "| uml | 7.2.13 | 1 | real | kernel | 15 | 120 |"
+        "| uml | 7.2.13 | 1 | real | kernel | – | 15 | 120 |"
     )
     assert "| none |" in line(text, "The machine", "drains")
+    told = summarise([report(2, 10.0)], {**HOST, **PYTHON}, "a command")
+    assert "| kernel | 3.11.2, built with a profile | 15 |" in page(merge({"a": told}, "c"))
+
+
+def test_figures_of_one_column_are_by_one_python() -> None:
+    one = summarise([report(2, 10.0)], HOST, "a command")
+    other = summarise([report(3, 10.0, scenario="pull")], {**HOST, **PYTHON}, "a command")
+    with pytest.raises(UsageError, match=r"python was not told, 3\.11\.2, built with a profile in b"):
+        merge({"a": one, "b": other}, "c")
 
 
 def test_cpu_time_natively_and_in_a_guest() -> None:
