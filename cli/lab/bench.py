@@ -54,7 +54,7 @@ PARTS = {
 by charon, which needs no guest."""
 
 
-ALONE = ("drains", "attacks", "handovers", "moves")
+ALONE = ("drains", "attacks", "handovers", "moves", "others")
 """What a summary has beside scenarios' rows: lists of what ran by an option of its own."""
 
 
@@ -242,6 +242,14 @@ _NONE: Mapping[str, Any] = {"profile_ms": {}}
 
 _CIRCUMSTANCES = dict.fromkeys(("crowd", "interval_ms"), "a number")
 """Of a judgement; older ones do not have them."""
+_OTHERS = {**dict.fromkeys(("runs", "interval_ms"), "a number"), "rows": "objects"}
+_OTHERS_ROW = {
+    **dict.fromkeys(("sas", "runs", "ok"), "a number"),
+    "mode": "text",
+    **dict.fromkeys(("up", "down", "lost"), "a number or null"),
+    **dict.fromkeys(("cpu_ms", "charon_ms", "times"), "numbers by name or null"),
+}
+"""A mode beside so many other SAs: `many_others`."""
 _MOVES = {"moves": "a number", **dict.fromkeys(("cpu_ms", "charon_ms"), "numbers by name or null")}
 
 
@@ -264,6 +272,8 @@ def _is(value: object, kind: str) -> bool:
             )
         case "numbers by two names":
             return isinstance(value, dict) and all(_is(one, "numbers by name") for one in value.values())
+        case "objects":
+            return isinstance(value, list) and all(isinstance(one, dict) for one in value)
         case "an object":
             return isinstance(value, dict)
         case _:
@@ -299,6 +309,13 @@ def read(text: str, file: str) -> dict[str, Any]:
         check(summary["machine"], _HERE, "the moves.machine")
         check(summary["host"], _HOST, "the moves.host")
         return alone("moves", summary)
+    if "rows" in summary:
+        check(summary, {**_OF_DRAIN, **_OTHERS}, "what was beside others")
+        check(summary["machine"], _HERE, "what was beside others.machine")
+        check(summary["host"], _HOST, "what was beside others.host")
+        for number, row in enumerate(summary["rows"]):
+            check(row, _OTHERS_ROW, f"rows.{number}")
+        return alone("others", summary)
     if "attack" in summary:
         check(summary, _OF_DRAIN, "the attack")
         check(summary["machine"], _HERE, "the attack.machine")
@@ -334,6 +351,13 @@ def read(text: str, file: str) -> dict[str, Any]:
     for number, one in enumerate(moves):
         check({**_NONE, **one}, {**_MOVES, **_PROFILE}, f"moves.{number}")
         check(one.get("machine"), _MACHINE, f"moves.{number}.machine")
+    if not isinstance(others := summary.get("others", []), list):
+        raise wrong("others must be a list")
+    for number, one in enumerate(others):
+        check(one, _OTHERS, f"others.{number}")
+        check(one.get("machine"), _MACHINE, f"others.{number}.machine")
+        for at, row in enumerate(one["rows"]):
+            check(row, _OTHERS_ROW, f"others.{number}.rows.{at}")
     if not isinstance(attacks := summary.get("attacks", []), list):
         raise wrong("attacks must be a list")
     for number, one in enumerate(attacks):

@@ -65,8 +65,10 @@ from .options import (
     "--others",
     "crowd",
     type=click.IntRange(0, MOST // 2),
-    default=0,
-    help="Of --handovers: with so many other SAs at each gateway.",
+    multiple=True,
+    metavar="N",
+    help="No scenarios: push, predictive and reactive beside N other SAs at each gateway; several times: the "
+    "gaps beside many against those beside few. Of --handovers: with so many others.",
 )
 @click.option(
     "--probe",
@@ -74,7 +76,7 @@ from .options import (
     type=click.FloatRange(0.1, 5),
     callback=a_number,
     metavar="MS",
-    help="Of --handovers: how often the probe sends, which is in each gap.  [default: 5]",
+    help="Of --handovers and --others: how often the probe sends, which is in each gap.  [default: 5]",
 )
 @click.option(
     "--attack",
@@ -106,7 +108,7 @@ def bench(
     moves: int | None,
     profile: bool,
     handovers: bool,
-    crowd: int,
+    crowd: tuple[int, ...],
     interval_ms: float | None,
     attack: str | None,
     rate: float | None,
@@ -118,7 +120,7 @@ def bench(
 ) -> None:
     """Run the handover scenarios several times, a drain, or an attack; print medians, ratios and losses.
 
-    With --handovers: a row for each mode, and exit code 1 where one does not reach what it must.
+    With --handovers and --others: a row for each mode, and exit code 1 where one does not reach what it must.
     """
     from . import bench as lab_bench
     from . import critical_chart as lab_critical_chart
@@ -132,11 +134,14 @@ def bench(
             "--moves": bool(moves),
             "--attack": bool(attack),
             "--handovers": handovers,
+            "--others": bool(crowd) and not handovers,
         },
         clock=clock,
         of_attack=(rate, seconds),
         profile=profile,
     )
+    if handovers and len(crowd) > 1:
+        raise UsageError("--handovers takes --others once", hint="--others alone compares several numbers")
     if target is not None and not (target.name and os.path.isdir(target.absolute().parent)):
         raise UsageError(f"--page {target}: there is no such folder")
     picture = target.with_suffix(".svg") if target is not None else None
@@ -159,11 +164,15 @@ def bench(
         summary = lab_bench.alone("moves", found)
     elif handovers:
         words = ["ikectx lab bench", "--handovers", f"--runs {runs}", *options]
-        words += [f"--others {crowd}"] if crowd else []
-        words += [f"--probe {interval_ms:g}"] if interval_ms else []
-        found |= {"command": " ".join(words), **_judged(runs, guest, clock, esp, crowd, interval_ms)}
+        words += [*_others(crowd), *_probe(interval_ms)]
+        found |= {"command": " ".join(words), **_judged(runs, guest, clock, esp, sum(crowd), interval_ms)}
         summary = lab_bench.alone("handovers", found)
         ok = all(row["reached"] for row in found["modes"])
+    elif crowd:
+        words = ["ikectx lab bench", *_others(crowd), f"--runs {runs}", *options, *_probe(interval_ms)]
+        found |= {"command": " ".join(words), **_beside(crowd, runs, guest, clock, esp, interval_ms)}
+        summary = lab_bench.alone("others", found)
+        ok = all(row["reached"] and row["ok"] == row["runs"] for row in found["rows"])
     elif attack:
         _attacked(attack, rate, seconds, guest, esp, options, as_json=as_json)
         return
@@ -260,6 +269,32 @@ def _moved(moves: int, guest: str, clock: str, esp: str, profile: bool) -> dict[
 
     with tidy():
         return lab_to_and_fro.run(moves, guest, clock, libipsec=esp == "libipsec", profile=profile, say=say)
+
+
+def _others(crowd: Sequence[int]) -> list[str]:
+    return [f"--others {size}" for size in crowd if size]
+
+
+def _probe(interval_ms: float | None) -> list[str]:
+    return [f"--probe {interval_ms:g}"] if interval_ms else []
+
+
+def _beside(
+    sizes: Sequence[int], runs: int, guest: str, clock: str, esp: str, interval_ms: float | None
+) -> dict[str, Any]:
+    """Handovers beside more and more other SAs. Raises IkectxError."""
+    from . import many_others as lab_many_others
+
+    with tidy():
+        return lab_many_others.run(
+            sizes,
+            runs,
+            guest,
+            clock,
+            libipsec=esp == "libipsec",
+            interval_ms=interval_ms or lab_aims.INTERVAL_MS,
+            say=say,
+        )
 
 
 def _judged(

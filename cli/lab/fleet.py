@@ -204,15 +204,16 @@ class Fleet:
 
 
 @contextmanager
-def crowd(lab: Lab, size: int, overrides: Mapping[str, str]) -> Iterator[None]:
+def crowd(lab: Lab, size: int, overrides: Mapping[str, str], *, first: int = 0) -> Iterator[None]:
     """`size` SAs at each gateway, of mobile nodes nothing else is asked of. The lab's tunnel has `second`.
 
-    They are in the charon of mn2; `overrides`: the scenario's, in force again when this begins.
+    They are in the charon of mn2, where `first` others are already; `overrides`: the scenario's, in force
+    again when this begins.
     """
     if not size:
         yield
         return
-    first = Fleet(lab, size, "mn2", "psg")
-    with first.connected(), Fleet(lab, size, "mn2", "nsg", size).connected():
+    served = Fleet(lab, size, "mn2", "psg", first)
+    with served.connected(), Fleet(lab, size, "mn2", "nsg", first + size).connected():
         lab.reload(lab.tunnel, overrides)
         yield

@@ -239,17 +239,17 @@ class Lab:
                     with contextlib.suppress(CharonError):  # it may have gone meanwhile
                         self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
             for host in charons:
-                self._forget_departures(host)
+                self.forget_departures(host)
                 while stays := self._of_sas(host):
                     if time.monotonic() > limit:
                         return f"{host} still has {' '.join(stays.split())[:200]}"
                     time.sleep(0.5)
-                    self._forget_departures(host)
+                    self.forget_departures(host)
         except IkectxError as error:
             return str(error)
         return ""
 
-    def _forget_departures(self, host: str) -> None:
+    def forget_departures(self, host: str) -> None:
         """A gateway's agent forgets the SAs that left it, and drops nothing for them any more."""
         if host not in GATEWAYS or host not in self.agent_hosts:
             return

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import aims as lab_aims
 from . import damage as lab_damage
-from . import page_cpu
+from . import page_cpu, page_others
 from .bench import ALONE, COLLISIONS, MODES, PARTS, place
 from .critical import rows as critical_rows
 from .page_parts import Row, in_order, scenarios, table, times, trips, two
@@ -39,6 +39,7 @@ def page(summary: Mapping[str, Any], image: str = "") -> str:
         *_messages(summary),
         *page_cpu.cpu(summary),
         *_handovers(summary.get("handovers", ()), image),
+        *page_others.beside(summary.get("others", ())),
         *page_cpu.to_and_fro(summary.get("moves", ())),
         *page_cpu.drains(summary["drains"]),
         *page_cpu.profiles(summary.get("moves", ()), summary["drains"]),

@@ -33,6 +33,7 @@ class ScenarioReport:
     air: dict[str, Any] | None = None
     gateways: dict[str, int] | None = None
     cpu_ms: dict[str, float | None] | None = None
+    charon_ms: dict[str, float | None] | None = None
     phases_ms: dict[str, float] | None = None
     mobile: dict[str, Any] | None = None
     clear: dict[str, int] | None = None
@@ -69,13 +70,11 @@ class ScenarioReport:
         self.traffic = traffic.as_json(since_ns, link_ns)
         self.air = air
 
-    def add_cpu(self, used_ms: Mapping[str, float | None]) -> None:
-        """Takes the CPU time that each host's agent used in one transfer; of several it adds up."""
-        had = self.cpu_ms or {}
-        self.cpu_ms = {
-            host: None if used is None else round(used + (had.get(host) or 0.0), 1)
-            for host, used in used_ms.items()
-        }
+    def add_cpu(self, agents_ms: Mapping[str, float | None], charons_ms: Mapping[str, float | None]) -> None:
+        """Takes the CPU time that each host's agent and charon used in one transfer; of several it adds
+        up."""
+        self.cpu_ms = _added(self.cpu_ms, agents_ms)
+        self.charon_ms = _added(self.charon_ms, charons_ms)
 
     def add_transfer(self, reports: Iterable[Mapping[str, Any]]) -> None:
         """Takes the reports of one `ikectx transfer --json`. Messages and octets add up; phases: the last."""
@@ -260,6 +259,7 @@ class ScenarioReport:
             "phases_ms": self.phases_ms,
             "clear": self.clear,
             "cpu_ms": self.cpu_ms,
+            "charon_ms": self.charon_ms,
             "baseline": self.baseline,
             "ratio": self.ratio,
             "ratio_beyond_dark": self.ratio_beyond_dark,
@@ -279,6 +279,15 @@ class ScenarioReport:
             "error": self.error,
         }
         return {**main, **{key: value for key, value in extra.items() if value}}
+
+
+def _added(
+    had: Mapping[str, float | None] | None, more: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    return {
+        host: None if used is None else round(used + ((had or {}).get(host) or 0.0), 1)
+        for host, used in more.items()
+    }
 
 
 def _packets(kinds: Iterable[Mapping[str, Any]]) -> int:

@@ -61,7 +61,7 @@ class ScenarioRunner:
         self._serves: dict[str, str] = {}
         self._connected = "psg"
         self._watch: TrafficWatch | None = None
-        self._used: Used = {}
+        self._used: list[Used] = []
         self._clear: Clear | None = None
         self._began_ns = 0
         self._link_ns = 0
@@ -257,12 +257,13 @@ class ScenarioRunner:
         """A transfer begins now."""
         if not self.report.transfers:
             self._began_ns = time.time_ns()
-        self._used = cpu(self._lab)
+        self._used = [cpu(self._lab, daemon) for daemon in ("agent", "charon")]
 
     def _end(self) -> None:
         """It has ended at all hosts that have told so; what an agent does until the next call counts then."""
-        now = cpu(self._lab)
-        self.report.add_cpu(spent_ms(self._used, now, clock_stands_still=clock_stands_still()))
+        now, still = [cpu(self._lab, daemon) for daemon in ("agent", "charon")], clock_stands_still()
+        agents, charons = map(partial(spent_ms, clock_stands_still=still), self._used, now)
+        self.report.add_cpu(agents, charons)
         self._used = now
 
     def _moved(self, reports: Sequence[dict[str, Any]], target: str) -> None:

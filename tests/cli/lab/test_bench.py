@@ -305,7 +305,7 @@ def test_published_results_name_nothing_of_the_machine_they_are_from(file: str) 
     text = (ROOT / file).read_text()
     assert "/" not in text
     found = json.loads(text)
-    kinds = {"sas": "drains", "attack": "attacks", "modes": "handovers", "moves": "moves"}
+    kinds = {"sas": "drains", "attack": "attacks", "modes": "handovers", "moves": "moves", "rows": "others"}
     kinds = {} if "parts" in found else kinds
     made = next((alone(kind, found) for key, kind in kinds.items() if key in found), found)
     assert read(text, file) == made

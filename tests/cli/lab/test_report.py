@@ -14,7 +14,7 @@ from ikectx_cli.lab.report import ScenarioReport, label, repeated, summary, tabl
 from ikectx_cli.lab.scenario import Scenario
 
 KEYS = {"scenario", "ok", "esp", "strongswan", "same_spis", "same_keys", "traffic", "air", "gateways"}
-KEYS |= {"phases_ms", "cpu_ms", "baseline", "ratio", "ratio_beyond_dark"}
+KEYS |= {"phases_ms", "cpu_ms", "charon_ms", "baseline", "ratio", "ratio_beyond_dark"}
 
 MOVE = {"from": "psg", "to": "nsg", "phases_ms": {"export": 4.0}, "cxtp_messages": 4, "cxtp_octets": 452}
 AIR = {"messages": 2, "octets": 370, "by_exchange": {"INFORMATIONAL": 2}}
@@ -119,9 +119,10 @@ def test_a_dark_time_that_was_not_measured_is_not_made_up() -> None:
 def test_cpu_time_adds_up_over_transfers_and_is_unknown_where_no_agent_is() -> None:
     report = moved()
     for _ in range(2):
-        report.add_cpu({"mn": None, "psg": 10.5, "nsg": 20.0})
+        report.add_cpu({"mn": None, "psg": 10.5, "nsg": 20.0}, {"mn": 1.0, "psg": 2.0, "nsg": None})
     report.judge(scenario(lost=4))
     assert report.as_json()["cpu_ms"] == {"mn": None, "psg": 21.0, "nsg": 40.0}
+    assert report.as_json()["charon_ms"] == {"mn": 2.0, "psg": 4.0, "nsg": None}
     assert "CPU time of the agents: psg 21 ms, nsg 40 ms" in shown(report)
 
 
