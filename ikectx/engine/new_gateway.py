@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as changed
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from ikectx.errors import IkectxError, LinkError, RefusedError, StateError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
@@ -54,9 +54,6 @@ from .tables import (
     first_failure,
     new_target,
 )
-
-if TYPE_CHECKING:
-    from .requests import Request
 
 _RESULTS: Mapping[TargetState, str] = {TargetState.OWNED: "moved", TargetState.ABORTED: "aborted"}
 _INSTEAD: Mapping[TargetState, TargetInput] = {
@@ -120,6 +117,16 @@ Dropped = Literal["", "source", "offer", "time", "us"]
 silent too long; this gateway is stopping, or dropped it for another reason of its own."""
 
 
+class Asker(Protocol):
+    """`Request`, as far as a transfer needs the request that it answers."""
+
+    def run_ended(self, run: Incoming) -> None:
+        """The transfer has ended."""
+
+    def ask_for_the_rest(self, line: Line | None) -> Steps[None]:
+        """What was held is prepared: ask for its final state, over this link if it is open."""
+
+
 class Incoming(Run[TargetState, TargetInput, TargetAction]):
     """One transfer to this gateway.
 
@@ -153,7 +160,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         """The link over which its last message came."""
         self.token: tuple[TokenAlgorithm, Secret] | None = None
         """The key that the mobile node's arrival is checked with, while the context is held."""
-        self.request: Request | None = None
+        self.request: Asker | None = None
         """Sends the CT-Req, over this link if it is open."""
         self.answers = False
         """True if the mobile node waits for an answer, which can tell it new SPIs."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ikectx.errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
@@ -28,9 +28,6 @@ from .new_gateway import Incoming
 from .procedures import Event, Opened, Pause, Process, Steps, Turn
 from .report import TARGET_STANDS, Result, TransferReport, mn_label, target_phases
 from .tables import TargetState, first_failure
-
-if TYPE_CHECKING:
-    from .inbox import Inbox
 
 CHECK_ONLY = 1
 """Flag of a named SA in a CT-Req: the old gateway should offer it for a check only."""
@@ -92,6 +89,16 @@ class _Refused:
     """Event: the peer has refused the CT-Req."""
 
     status: Status
+
+
+class Holder(Protocol):
+    """`Inbox`, as far as a request needs it."""
+
+    def post(self, item: Request) -> None:
+        """The mobile node of the transfer that it has is here now."""
+
+    def drop(self, why: str) -> None:
+        """What is held or prepared here and not owned is not wanted any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +174,7 @@ class Request:
         self.ticket = ticket
         self.endpoint: Endpoint | None = None
         """Where the MN of what was sent ahead is now."""
-        self.inbox: Inbox | None = None
+        self.inbox: Holder | None = None
         self.run: Incoming | None = None
         """The transfer that followed; the last one, if the old gateway had to try again."""
         self.context: IkeContext | None = None
@@ -240,7 +247,7 @@ class Request:
         if self._process is not None:
             self._process.look()
 
-    def begun(self, inbox: Inbox, run: Incoming) -> None:
+    def begun(self, inbox: Holder, run: Incoming) -> None:
         """This is it."""
         self.inbox, self.run, self.context, self._heard = inbox, run, run.context, True
         run.request, run.asked_by = self, self.asked_by
@@ -298,7 +305,7 @@ class Request:
         except LinkError as error:
             self._tell(_Failed(error))
 
-    def work(self, held: tuple[Inbox, Incoming, Endpoint] | None) -> Steps[None]:
+    def work(self, held: tuple[Holder, Incoming, Endpoint] | None) -> Steps[None]:
         """Ask until it is here or refused, or the time is over."""
         self._process = self._parts.scheduler.current
         if self._process is not None:
@@ -335,7 +342,7 @@ class Request:
         if self.run is not None and self.run.machine.state is TargetState.OWNED:
             self.done, self.error = True, None
 
-    def _ask(self, held: tuple[Inbox, Incoming, Endpoint] | None) -> Steps[None]:
+    def _ask(self, held: tuple[Holder, Incoming, Endpoint] | None) -> Steps[None]:
         self._start = self._parts.now
         if held is not None:
             self.endpoint = held[2]
@@ -519,7 +526,7 @@ class Requests:
         found.refused(message, status)
         return True
 
-    def run(self, request: Request, held: tuple[Inbox, Incoming, Endpoint] | None = None) -> Steps[None]:
+    def run(self, request: Request, held: tuple[Holder, Incoming, Endpoint] | None = None) -> Steps[None]:
         """Ask until it is here or refused, or the time is over: `request` says how it ended.
 
         `held`: what pSG has sent ahead of the MN that has now arrived; only the rest of it is asked for.
