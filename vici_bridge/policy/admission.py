@@ -83,7 +83,7 @@ def admit(
         return []
     try:
         known, inside = _read(connections)
-        ranges = pool_ranges(pools)
+        ranges = pool_ranges(pools).values()
     except WireError as error:
         why = f"what this gateway allows cannot be told: {error}"
         return [Verdict(Fpt.PAD, Status.NOT_ALLOWED, why)]

@@ -219,10 +219,10 @@ def inside_of(connections: Iterable[AllowedConnection]) -> tuple[Range, ...]:
     return tuple(found)
 
 
-def pool_ranges(pools: Mapping[str, View]) -> tuple[Range, ...]:
-    """The addresses of charon's pools, from `get-pools`: `size` addresses from `base` on. Errors:
-    WireError."""
-    found = []
+def pool_ranges(pools: Mapping[str, View]) -> Mapping[str, Range]:
+    """The addresses of each of charon's pools that has some, from `get-pools`: `size` addresses from `base`
+    on. Errors: WireError."""
+    found = {}
     for name, pool in sections({"get-pools": pools}, "get-pools").items():
         size = _number(pool, "size")
         try:
@@ -232,8 +232,8 @@ def pool_ranges(pools: Mapping[str, View]) -> tuple[Range, ...]:
         if size < 0 or int(base) + size > 1 << base.max_prefixlen:
             raise WireError(f"charon's pool {name!r} has {size} addresses from {base} on")
         if size:
-            found.append(Range(base, base + (size - 1)))
-    return tuple(found)
+            found[name] = Range(base, base + (size - 1))
+    return found
 
 
 @lru_cache(maxsize=1 << 16)

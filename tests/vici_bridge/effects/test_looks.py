@@ -242,3 +242,27 @@ def test_of_a_thousand_connections_only_that_of_the_sa_is_asked_for() -> None:
         assert asked == [["home"], None]
 
     run(scenario())
+
+
+def test_leases_are_asked_for_only_of_a_pool_that_has_the_virtual_ip() -> None:
+    """A gateway with thousands of mobile nodes has as many leases, and a handover waits for them."""
+
+    async def scenario() -> None:
+        here, first = place(), a_context(1)
+        (vip,) = first.remote_vips
+        asked: list[str] = []
+        lease = {"address": str(vip), "identity": "somebody", "status": "online"}
+
+        async def leases(pool: str) -> Mapping[str, Message]:
+            asked.append(pool)
+            return {pool: {**(await here.host.vici.pools())[pool], "leases": {"0": lease}}}
+
+        here.host.vici.leases = leases  # type: ignore[method-assign]
+        for _ in range(2):
+            assert [one.status for one in await here.sink.check(first, False)] == [Status.VIP_IN_USE]
+        assert asked == ["mobile"], "once within a moment"
+        elsewhere = replace(first, remote_vips=(ip_address("10.9.0.1"),))
+        assert Status.VIP_IN_USE not in [one.status for one in await here.sink.check(elsewhere, False)]
+        assert asked == ["mobile"]
+
+    run(scenario())

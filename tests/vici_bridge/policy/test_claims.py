@@ -169,7 +169,7 @@ def refused(verdicts: object, word: str) -> None:
 
 
 def pools() -> tuple[Range, ...]:
-    return pool_ranges(POOLS)
+    return tuple(pool_ranges(POOLS).values())
 
 
 def test_what_charon_here_would_have_negotiated_is_taken() -> None:

@@ -44,7 +44,9 @@ class Telling:
                     wanted = packet.message.get("ike", "home")
                     return _events("list-conn", [{"home": {}}] * (wanted == "home")) + response()
                 case "get-pools":
-                    return response(**self.pool)
+                    name, leases = packet.message.get("name", ""), {"0": {"address": "10.3.0.1"}}
+                    asked = {name: {**self.pool[name], "leases": leases}} if name else self.pool
+                    return response(**asked)
                 case "stats":
                     return response(ikesas={"total": "7", "half-open": "2"})
         return like_charon(packet)
@@ -95,6 +97,7 @@ def test_an_answer_with_the_same_octets_is_not_parsed_again(telling: tuple[Telli
         assert await charon.pools() is pools and await charon.connections() is connections
         answers.pool = {"mobile": {"size": "8"}}
         assert (await charon.pools())["mobile"]["size"] == "8"
+        assert (await charon.leases("mobile"))["mobile"]["leases"] == {"0": {"address": "10.3.0.1"}}
         assert await charon.half_open() == 2
         await charon.close()
 
