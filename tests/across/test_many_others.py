@@ -1,12 +1,13 @@
-"""What a move asks of charon does not grow with the number of other SAs at both gateways."""
+"""What a move asks of charon, kernel and store does not grow with the number of other SAs at both
+gateways."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -31,9 +32,44 @@ def other(number: int) -> IkeContext:
     return a_context(number, mn=f"198.51.{101 + (number >> 8)}.{number & 255}")
 
 
+def tally(owner: Any, what: str, asked: Counter[str]) -> None:
+    """Count the calls of that object, but those that it makes itself, and the rows that they answer."""
+    calls: list[str] = []
+
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **named: Any) -> Any:
+            calls.append(name)
+            try:
+                answer = call(*args, **named)
+            finally:
+                calls.pop()
+            if calls:
+                return answer
+            asked[f"{what} {name}"] += 1
+            if isinstance(answer, list):
+                asked[f"rows of {what} {name}"] += len(answer)
+            return answer
+
+        return counted
+
+    for name in dir(owner):
+        if not name.startswith("_") and callable(call := getattr(owner, name)):
+            setattr(owner, name, counting(name, call))
+
+
 def count(here: Place) -> Counter[str]:
-    """What this gateway asks of charon for SAs."""
+    """What this gateway asks of charon for SAs, tells it over HA, asks of its kernel, and writes."""
     asked: Counter[str] = Counter()
+    tally(here.sad, "kernel", asked)
+    tally(here.store, "store", asked)
+    send = here.host._ha.send
+
+    async def counted(datagrams: Iterable[bytes]) -> None:
+        sent = list(datagrams)
+        asked["HA messages"] += len(sent)
+        await send(sent)
+
+    here.host._ha.send = counted  # type: ignore[method-assign, assignment]
 
     async def read_sas(read: Callable[[bytes], _T], *, ike_ids: Sequence[int] = ()) -> list[_T]:
         asked["requests for one SA" if ike_ids else "requests for all SAs"] += 1
@@ -55,6 +91,7 @@ async def two(others: int) -> AsyncIterator[tuple[Place, CharonSource, Place, li
         for number in range(1, others + 1):
             here.charon.serve(other(number))
             here.host.record.learn(other(number), 3)
+        here.host.save()
     sa = a_context(MN)
     for here in (old, new):
         here.mobiles.add(sa)
@@ -122,4 +159,5 @@ def test_what_a_move_asks_for_does_not_grow(
     assert many == few
     for asked in few:
         assert "requests for all SAs" not in asked
+        assert "kernel dump_sas" not in asked and asked["HA messages"] and asked["store keep"]
         assert asked["SAs told"] <= asked["requests for one SA"]
