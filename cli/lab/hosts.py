@@ -261,13 +261,7 @@ class Lab:
 
     def _of_sas(self, host: str) -> str:
         """What a host's kernel has of SAs, without keys. Takes away what may stay a while."""
-        enter, flush = self.net.enter(host), f"route flush {DETOUR}\n"
-        run([*enter, "ip", "-6", "-force", "-batch", "-"], text=flush, check=False)
-        asked = flush + "xfrm policy\nxfrm state list nokeys\n"
-        found = run([*enter, "ip", "-force", "-batch", "-"], text=asked, check=False).stdout
-        rules = run([*enter, "nft", "list", "ruleset"], check=False).stdout
-        tables = [table for table in re.split(r"(?m)^(?=table )", rules) if not table.startswith(NOTED)]
-        return "\n".join(re.findall(OF_SAS, found) + re.findall(r"elements = .*", "".join(tables)))
+        return of_sas(self.net.enter(host))
 
     def empty_logs(self) -> None:
         """What running daemons have said is gone: a look into a log finds only what comes from now on."""
@@ -559,6 +553,18 @@ class Lab:
     def _check_host(self, host: str) -> None:
         if host not in HOSTS:
             raise UsageError(f"no host {host} in the lab", hint="hosts: " + " ".join(HOSTS))
+
+
+def of_sas(enter: Sequence[str]) -> str:
+    """See `Lab._of_sas`. `enter`: what runs a program at the host. Two programs ask the kernel, because after
+    SAs or policies `ip -batch` shows nothing of the other (iproute2 6.1)."""
+    flush = f"route flush {DETOUR}\n"
+    run([*enter, "ip", "-6", "-force", "-batch", "-"], text=flush, check=False)
+    policies = run([*enter, "ip", "-force", "-batch", "-"], text=f"{flush}xfrm policy\n", check=False).stdout
+    states = run([*enter, "ip", "xfrm", "state", "list", "nokeys"], check=False).stdout
+    rules = run([*enter, "nft", "list", "ruleset"], check=False).stdout
+    tables = [table for table in re.split(r"(?m)^(?=table )", rules) if not table.startswith(NOTED)]
+    return "\n".join(re.findall(OF_SAS, policies + states) + re.findall(r"elements = .*", "".join(tables)))
 
 
 def save_logs(lab: Lab, folder: Path) -> None:

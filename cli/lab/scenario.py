@@ -216,6 +216,11 @@ class Scenario:
             or any("ip " in one or "nft" in one for one in commands)
         )
 
+    @property
+    def crashes(self) -> bool:
+        """Whether a charon is killed in it: its SAs stay in the kernel, and no charon knows them any more."""
+        return any(isinstance(step, tuple) and step[0] == "charon" and "kill" in step for step in self.steps)
+
 
 RELOCATES = {"relocate", "handover", "follow"}
 """Verbs that put the mobile node into its other access network, under a tunnel that it has."""

@@ -84,7 +84,7 @@ def run_here(
                 report = ScenarioReport.failed(scenario, f"other SAs: {error}")
             report.crowd = crowd
             report.warnings += lab.warnings
-            clean = report.ok
+            clean = report.ok and not scenario.crashes
             disturbed = scenario.disturbs_network or not report.ok
             tell("ok" if report.ok else f"FAILED: {report.why()}")
             if logs is not None:

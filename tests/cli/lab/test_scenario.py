@@ -132,6 +132,8 @@ def test_what_a_scenario_leaves_disturbed(tmp_path: Path) -> None:
     write(tmp_path, "five", 'steps = ["handover nsg reactive"]\n[tunnel]\nmobile = true')
     assert [load(name, tmp_path).disturbs_network for name in ("four", "five")] == [True, True]
     assert [one.disturbs_network for one in found] == [False, True, True]
+    write(tmp_path, "six", 'steps = ["connect", "charon psg kill", "charon psg start"]')
+    assert [load(name, tmp_path).crashes for name in ("one", "six")] == [False, True]
 
 
 @pytest.mark.parametrize("name", names())
