@@ -155,7 +155,7 @@ class CharonHost:
         self.ha_version = HaVersion()
         self._saving: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self.segments = Segments(self)
+        self.segments = Segments(self, config.segments)
         self.rekeyed: deque[SaName] = deque(maxlen=REKEYED)
         self.known = Known(self)
         self.expected: set[SaName] = set()
@@ -589,7 +589,8 @@ class CharonHost:
 
     async def resync(self) -> None:
         """Make charon report its IKE_SAs again; it rekeys all CHILD_SAs of its segments, too."""
-        await self.send([ha.resync(await self.version(), [1])])
+        segments = range(1, self.config.segments + 1)
+        await self.send([ha.resync(await self.version(), segments)])
 
     async def _due(self, sa: SaName) -> SaView | None:
         """An SA that is to be rekeyed; one that has gone is not searched among all."""

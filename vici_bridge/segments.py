@@ -1,7 +1,8 @@
 """`Segments`: all of charon's SAs become PASSIVE, or ESTABLISHED again, at once. I/O.
 
 The ha plugin knows no single SA, only segments (strongSwan 5.9.8 to 6.0.6). So one toggle activates all SAs
-that came in until then, and restarts the timers of every SA. What that needs to know of charon costs no
+that came into a segment until then, and restarts the timers of each of its SAs: 60 ms of charon's for 2,000.
+With `segment_count = 16` it is for a sixteenth of them. What that needs to know of charon costs no
 listing: how many SAs are half-open is a number of charon's (`stats`), and the timers of an SA are noted once,
 when it is first seen active (`Known`).
 """
@@ -15,8 +16,10 @@ from typing import Any, Protocol
 
 from ikectx import trace
 from ikectx.errors import IkectxError
+from ikectx.sa.context import Address
 from ikectx.sa.name import SaName
 from vici_bridge.ha import messages as ha
+from vici_bridge.ha.segment import ALL, segment_of
 
 SOON = 0.005
 """Seconds after a toggle for which the next one waits: calls of that time share it. The first does not wait,
@@ -52,36 +55,43 @@ class Side(Protocol):
 class Segments:
     """The segments of one charon. Errors of all methods: CharonError, WireError."""
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, count: int) -> None:
+        """`count`: how many there are (`segment_count`)."""
         self._side = side
+        self._count = count
         self._toggle: asyncio.Future[None] | None = None
         self._toggled = -math.inf
         """When the last toggle was, by the event loop's clock."""
-        self._passive: set[SaName] = set()
-        """SAs that came in since the last toggle."""
+        self._wanted: set[int] = set()
+        """Segments that the next toggle is for."""
+        self._passive: dict[SaName, int] = {}
+        """SAs that came in since the last toggle of their segment."""
         self._active: set[SaName] = set()
         """SAs that a toggle has activated, and that nobody has asked for since."""
 
-    def came(self, sa: SaName) -> None:
-        """This SA was just installed, PASSIVE; the next toggle activates it, whoever wants that."""
+    def came(self, sa: SaName, peer: Address) -> None:
+        """This SA was just installed, PASSIVE, with its peer at that address; the next toggle of its segment
+        activates it, whoever wants that."""
         self._active.discard(sa)
-        self._passive.add(sa)
+        self._passive[sa] = segment_of(peer, self._count)
 
     def gone(self, sa: SaName) -> None:
         """This SA is deleted."""
         self._active.discard(sa)
-        self._passive.discard(sa)
+        self._passive.pop(sa, None)
 
     @trace.spanned("activate segment")
     async def activate(self, sa: SaName | None = None) -> None:
         """Make every PASSIVE SA ESTABLISHED: TAKE, then DROP. Calls close together share one toggle.
 
-        `sa`: the SA that is to become active; nothing is done if a toggle since it came was for another one.
+        `sa`: the SA that is to become active, and with it those of its segment, if it came to this agent;
+        nothing is done if a toggle since it came was for another one.
 
-        Between the two all SAs are PASSIVE for some milliseconds, and charon 6.0.1 and later destroys
+        Between the two all these SAs are PASSIVE for some milliseconds, and charon 6.0.1 and later destroys
         half-open ones, so this waits for a moment without any (2 s at most).
         """
         if sa is None or sa not in self._active:
+            self._wanted.add(ALL if sa is None else self._passive.get(sa, ALL))
             if self._toggle is None:
                 self._toggle = asyncio.get_running_loop().create_future()
                 self._side.spawn(self._toggle_soon(self._toggle))
@@ -98,7 +108,7 @@ class Segments:
         """
         await self._none_half_open()
         version = await self._side.version()
-        await self._side.send([ha.segment_drop(version, 0), ha.segment_take(version, 0)])
+        await self._side.send([ha.segment_drop(version, ALL), ha.segment_take(version, ALL)])
 
     async def _none_half_open(self) -> None:
         """Until no SA is half-open, but 2 s at most."""
@@ -108,21 +118,31 @@ class Segments:
             await asyncio.sleep(0.1)
 
     async def _toggle_soon(self, done: asyncio.Future[None]) -> None:
-        side, loop = self._side, asyncio.get_running_loop()
+        side, loop, activated = self._side, asyncio.get_running_loop(), dict[SaName, int]()
         try:
             await asyncio.sleep(self._toggled + SOON - loop.time())
             await side.known.now()
             await self._none_half_open()
             version = await side.version()
             self._toggle, self._toggled = None, loop.time()  # later calls wait for the next toggle
-            self._active |= self._passive
-            self._passive.clear()
-            await side.send([ha.segment_take(version, 0), ha.segment_drop(version, 0)])
+            wanted, self._wanted = {ALL} if ALL in self._wanted else self._wanted, set()
+            for sa, segment in list(self._passive.items()):
+                if wanted & {ALL, segment}:
+                    activated[sa] = self._passive.pop(sa)
+            self._active |= activated.keys()
+            await side.send(
+                [
+                    order(version, segment)
+                    for segment in sorted(wanted)
+                    for order in (ha.segment_take, ha.segment_drop)
+                ]
+            )
             done.set_result(None)
         except IkectxError as error:
             self._toggle = None
-            self._passive |= self._active  # the next one is for these, too
-            self._active.clear()
+            for sa in self._active & activated.keys():  # the next one is for these, too
+                self._active.discard(sa)
+                self._passive[sa] = activated[sa]
             done.set_exception(error)
         except BaseException:
             # callers must not wait for ever

@@ -56,7 +56,8 @@ class Tunnel:
     `child`: further settings of swanctl.conf.
     `mobile`: the mobile node has an agent, too. `by_packet`: they ask each
     other about IKE messages for SAs they do not know. `second`: there is another mobile node, mn2, with a
-    connection of its own, whose charon hears of SAs by the HA plugin, too. `nat`: the mobile nodes share one
+    connection of its own, whose charon hears of SAs by the HA plugin, too. `segments`: of each charon's HA
+    plugin. `nat`: the mobile nodes share one
     address. `transfer`: further settings of [transfer] in the gateways' ikectx.toml.
     `daemon`: the IKE daemon of mn, charon or one of `daemons.KINDS`.
     `inside`: how the inner network finds a mobile node that has moved. static: not at all, everything for its
@@ -81,6 +82,7 @@ class Tunnel:
     mobile: bool = False
     by_packet: bool = False
     second: bool = False
+    segments: int = 1
     nat: bool = False
     inside: str = "static"
     forward_via: bool = True
@@ -162,7 +164,12 @@ def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         key.chmod(0o600)
         mirrored = host in tunnel.agents or host == "mn2"
         settings = strongswan_conf(
-            work, host, libipsec=tunnel.libipsec, mirrored=mirrored, polls=virtual_time()
+            work,
+            host,
+            libipsec=tunnel.libipsec,
+            mirrored=mirrored,
+            segments=tunnel.segments,
+            polls=virtual_time(),
         )
         (folder / "strongswan.conf").write_text(settings + overrides.get(f"{host}.strongswan", ""))
         text = gateway_conf(work, host, tunnel) if host in GATEWAYS else mobile_conf(tunnel, host)
@@ -179,19 +186,26 @@ def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
 
 
 def strongswan_conf(
-    work: Path, host: str, *, libipsec: bool = False, mirrored: bool = True, polls: bool = False
+    work: Path,
+    host: str,
+    *,
+    libipsec: bool = False,
+    mirrored: bool = True,
+    segments: int = 1,
+    polls: bool = False,
 ) -> str:
     """charon's and swanctl's settings. Retransmission stays at strongSwan's defaults.
 
-    `mirrored`: charon tells an agent about its SAs, by the HA plugin. `polls`: its standard output has a line
-    for every poll of its watcher, for `lab_drain`.
+    `mirrored`: charon tells an agent about its SAs, by the HA plugin, which has so many `segments`. `polls`:
+    its standard output has a line for every poll of its watcher, for `lab_drain`.
     """
     kernel = "kernel-libipsec kernel-netlink" if libipsec else "kernel-netlink"
     folder = work / host
     # Where an agent says when to move, charon is not to look for its gateway by itself (MOBIKE): an agent is
     # faster on any real machine, in an emulated one it may not be.
     roaming = "" if host != "mn" or not mirrored else "kernel-netlink { roam_events = no }"
-    mirror = "ha { local = 127.0.0.1\n remote = 127.0.0.2\n monitor = no\n resync = no\n segment_count = 1 }"
+    mirror = "ha { local = 127.0.0.1\n remote = 127.0.0.2\n monitor = no\n resync = no\n"
+    mirror += f" segment_count = {segments} }}"
     plugins = PLUGINS.format(kernel=kernel)
     told = "polls { path = stdout\n flush_line = yes\n default = -1\n job = 3 }" if polls else ""
     if not mirrored:
@@ -428,7 +442,7 @@ def _charon_toml(folder: Path, tunnel: Tunnel) -> str:
 vici = "unix://{folder}/charon.vici"
 ha_local = "127.0.0.2"
 ha_remote = "127.0.0.1"
-segments = 1
+segments = {tunnel.segments}
 esp = "{"libipsec" if tunnel.libipsec else "kernel"}"
 '''
 

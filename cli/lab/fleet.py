@@ -24,6 +24,8 @@ _FIRST = {"outer": ip_address("10.32.0.0"), "inner": ip_address("10.48.0.0")}
 _PREFIX = 16
 MOST = 20_000
 """Mobile nodes for which there are addresses, and memory on an ordinary machine."""
+SEGMENTS = 16
+"""Of the HA plugins of charons with many SAs: one that moves makes only those of its segment passive."""
 _AT_ONCE = 16
 """Set-ups at a time: charon asks for cookies when more than 30 are half-open."""
 _TOLD_AT_ONCE = 50

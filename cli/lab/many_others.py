@@ -20,7 +20,7 @@ from .aims import figures
 from .bench import by_name
 from .config import Tunnel
 from .emptying import Say
-from .fleet import crowd, prepare
+from .fleet import SEGMENTS, crowd, prepare
 from .hosts import Lab
 from .machine import host
 from .net import GATEWAYS
@@ -101,7 +101,7 @@ def _scenario(mode: str, interval_ms: float, *, libipsec: bool) -> Scenario:
     steps = ("connect", "ping", *(step.format(what) for step in _UNDER_TRAFFIC), *after)
     return replace(
         Scenario(mode, "", tuple(tuple(step.split()) for step in steps)),
-        tunnel=Tunnel(mobile=True, second=True, libipsec=libipsec),
+        tunnel=Tunnel(mobile=True, second=True, segments=SEGMENTS, libipsec=libipsec),
         interval_ms=interval_ms,
     )
 

@@ -375,6 +375,7 @@ def _tunnel(source: Path, keys: Mapping[str, Any]) -> Tunnel:
         "mode": ("tunnel", "transport"),
         "inside": ("static", "announce", "bird"),
         "daemon": ("charon", *DAEMONS),
+        "segments": tuple(range(1, 17)),
     }
     for key, values in {**allowed, "auth": ("psk", "cert", "eap")}.items():
         if keys.get(key, values[0]) not in values:

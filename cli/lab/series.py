@@ -12,8 +12,8 @@ from ikectx.errors import IkectxError
 
 from .config import Tunnel
 from .daemons import lacks
+from .fleet import SEGMENTS, prepare
 from .fleet import crowd as others
-from .fleet import prepare
 from .hosts import Lab, save_logs
 from .kill_lab import KillLab
 from .kill_run import KillRunner
@@ -56,7 +56,9 @@ def run_here(
                 scenario.delay_ms if delay_ms is None else delay_ms,
                 scenario.gateway_delay_ms if gateway_delay_ms is None else gateway_delay_ms,
             )
-            tunnel = replace(scenario.tunnel, libipsec=libipsec, second=scenario.tunnel.second or crowd > 0)
+            tunnel = replace(scenario.tunnel, libipsec=libipsec)
+            if crowd:
+                tunnel = replace(tunnel, second=True, segments=SEGMENTS)
             lacking = "needs kernel ESP" if libipsec and scenario.kernel_only else lacks(tunnel.daemon)
             if lacking:
                 done(ScenarioReport.skipped(scenario, lacking))

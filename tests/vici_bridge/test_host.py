@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ from vici_bridge.effects.source import CharonSource
 from vici_bridge.ha import sockets
 from vici_bridge.ha.chain import import_messages
 from vici_bridge.ha.ike_id import IkeId
-from vici_bridge.ha.messages import Attr
+from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.vici.views import sa_views
@@ -94,8 +94,8 @@ class Vici:
 
 
 @asynccontextmanager
-async def host_of(vici: Vici, store: SqliteStore) -> AsyncIterator[CharonHost]:
-    host = CharonHost(HostConfig((), kernel_esp=False), store)
+async def host_of(vici: Vici, store: SqliteStore, *, segments: int = 1) -> AsyncIterator[CharonHost]:
+    host = CharonHost(HostConfig((), kernel_esp=False, segments=segments), store)
     host.vici = vici  # type: ignore[assignment]
     host.listing = listing_of(vici.list_sas)
     try:
@@ -128,6 +128,23 @@ def test_what_charon_tells_is_stored_before_anything_else_happens() -> None:
             assert [child.spi_in for child in host.record.context(context.spis).children] == [
                 child.spi_in for child in context.children
             ]
+
+    asyncio.run(scenario())
+
+
+def test_a_resync_asks_for_all_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        sent: list[HaMessage] = []
+
+        async def send(messages: Iterable[HaMessage]) -> None:
+            sent.extend(messages)
+
+        async with host_of(Vici(), SqliteStore(":memory:", KEY), segments=3) as host:
+            monkeypatch.setattr(host, "send", send)
+            await host.resync()
+        (asked,) = sent
+        assert asked.type is HaType.RESYNC
+        assert [segment for name, segment in asked.attributes if name is Attr.SEGMENT] == [1, 2, 3]
 
     asyncio.run(scenario())
 

@@ -110,7 +110,7 @@ async def _import(work: Coming) -> Facts:
     if host.kernel is not None:
         host.kernel.delete_policies(map(KernelPolicy.parse, work.facts.guards))
     host.known.put(view)
-    host.segments.came(view.spis)
+    host.segments.came(view.spis, view.remote.address)
     return {**numbers_of(view), "guards": ()}
 
 

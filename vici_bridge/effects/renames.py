@@ -273,7 +273,8 @@ class Renames:
         # perhaps again, because an agent that starts unmutes SAs that charon does not list
         host.mute.mute(after.spis)
         await host.send(orders)
-        host.segments.came(after.spis)  # a toggle for another SA may have activated what is replaced here
+        # a toggle for another SA may have activated what is replaced here
+        host.segments.came(after.spis, after.remote.address)
         await self._listed(after, before, present=True)
         if host.kernel is not None:
             self._go_on(host.kernel, here, plan, before, after, counters)
