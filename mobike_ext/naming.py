@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
 from ikectx.errors import RefusedError, UsageError, WireError
-from ikectx.numbers import Notify, Protocol
+from ikectx.numbers import Exchange, Notify, Protocol
 from ikectx.sa.context import IkeContext, IkeGeneration
 from ikectx.sa.keys import seal_key
-from ikectx.wire.ikev2 import IkeMessage, Reassembly
+from ikectx.wire.ikev2 import IkeHeader, IkeMessage, Reassembly
 from ikectx.wire.payloads import NotifyPayload
 
 from .notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported, usable_spi
@@ -175,6 +175,8 @@ def answered(asked: Sequence[UpdateSpi], message: IkeMessage) -> Decision | None
 def asks_for_names(generation: IkeGeneration, datagram: bytes) -> bool:
     """Whether an IKE datagram (no marker) is a whole request of the peer's with UPDATE_SPI in it."""
     try:
+        if IkeHeader.parse(datagram).exchange != Exchange.INFORMATIONAL:
+            return False
         incoming = Reassembly(seal_key(generation, by_initiator=not generation.initiator))
         message = incoming.add(datagram)
     except (WireError, RefusedError):
