@@ -100,6 +100,8 @@ def numbers_of(view: SaView) -> dict[str, object]:
 
 def tagged(context: IkeContext, tags: Mapping[bytes, Tags]) -> IkeContext:
     """The SA with the marks and if_ids that it has here."""
+    if not tags and all(child.tags == NO_TAGS for child in context.children):
+        return context
     children = (replace(child, tags=tags.get(child.spi_in, NO_TAGS)) for child in context.children)
     return replace(context, children=tuple(children))
 

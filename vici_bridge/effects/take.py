@@ -99,7 +99,7 @@ TAKE: LedgerStep[Coming] = LedgerStep(
     "take",
     (
         StepEffect("new names", converge),
-        StepEffect("numbers", _numbers),
+        StepEffect("numbers", _numbers, when=lambda work: work.host.kernel is not None),
         StepEffect("charon has it", _look),
         StepEffect("origin", _origin),
         StepEffect("way", open_way, when=leads_here),
