@@ -149,8 +149,8 @@ class Netlink:
         try:
             self._socket.send(datagram)
             while waiting:
-                size, _, flags, _ = self._socket.recvmsg_into([self._buffer])
-                if flags & socket.MSG_TRUNC:
+                size = self._socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)  # its whole length
+                if size > _BUFFER:
                     raise KernelError(
                         f"{self._name}: an answer of the kernel is longer than {_BUFFER} octets"
                     )

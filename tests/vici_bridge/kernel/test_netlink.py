@@ -51,7 +51,7 @@ def test_a_question_is_one_message_each_way(netlink: Netlink, monkeypatch: pytes
     for _ in range(3):
         (answer,) = netlink.ask(question())
         assert KernelRoute.parse(answer).destination == LOOPBACK
-    assert counted.calls == ["send", "recvmsg_into"] * 3
+    assert counted.calls == ["send", "recv_into"] * 3
 
 
 def test_questions_share_one_datagram(netlink: Netlink, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_questions_share_one_datagram(netlink: Netlink, monkeypatch: pytest.Monk
     outcomes = netlink.transact([question(f"127.0.0.{last}") for last in (1, 2, 3)])
     found = [KernelRoute.parse(answer).destination for outcome in outcomes for answer in outcome.answers]
     assert [str(address) for address in found] == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
-    assert counted.calls == ["send", *["recvmsg_into"] * 3]
+    assert counted.calls == ["send", *["recv_into"] * 3]
 
 
 def test_a_refused_question_ends_as_well(netlink: Netlink) -> None:
