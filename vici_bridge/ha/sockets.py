@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
@@ -33,6 +34,9 @@ _BUFFER = 4 * 1024 * 1024
 _QUEUE_LIMIT = 64 * 1024
 """Octets waiting at charon above which the sender pauses: a third of its default buffer."""
 _BATCH = 16
+"""Messages that are sent between two looks at charon's queue, and"""
+_FRESH = 0.1
+"""seconds for which a look will do: the kernel walks all its UDP sockets for one."""
 _LONGEST = 65535
 
 
@@ -103,6 +107,10 @@ class HaSocket(asyncio.DatagramProtocol):
         self._key = f": {_place(remote, port)} ".encode()
         """charon's end in the kernel's table."""
         self._sock: socket.socket | None = None
+        self._room = 0
+        """Messages that may be sent without another look at charon's queue, and"""
+        self._room_until = 0.0
+        """until when (time.monotonic)."""
         self._table: int | None = None
         """Descriptor of the kernel's table of UDP sockets."""
         self._lost = 0
@@ -203,11 +211,12 @@ class HaSocket(asyncio.DatagramProtocol):
     async def send(self, messages: Iterable[bytes]) -> None:
         """Send messages to charon in order, never faster than it reads. Errors: CharonError."""
         async with self._lock:
-            for count, message in enumerate(messages):
+            for message in messages:
                 if self._transport is None:
                     raise CharonError("the HA socket is closed")
-                if count % _BATCH == 0:
-                    await self._drain()
+                if not self._room or time.monotonic() > self._room_until:
+                    await self._make_room()
+                self._room -= 1
                 self._transport.sendto(message)
 
     async def read(self) -> None:
@@ -217,29 +226,36 @@ class HaSocket(asyncio.DatagramProtocol):
         by then all but the last one are carried out; over VICI charon answers before that.
         """
         async with self._lock:
-            if self.listening():
-                await self._drain(1)
+            await self._drained(1)
 
-    async def _drain(self, limit: int = _QUEUE_LIMIT) -> None:
+    async def _make_room(self) -> None:
+        if not await self._drained(_QUEUE_LIMIT):
+            raise CharonError(
+                f"charon does not listen on its HA address {self._remote}:{self._port}",
+                hint="is charon running, with plugins.ha { local = "
+                f"{self._remote}  remote = {self._local}  monitor = no }} in strongswan.conf?",
+            )
+
+    async def _drained(self, limit: int) -> bool:
+        """Whether less than `limit` octets wait for charon; False: it does not listen. Errors: CharonError if
+        it does not read."""
         for _ in range(500):
             waiting = self._queue()
-            if waiting is None:
-                raise CharonError(
-                    f"charon does not listen on its HA address {self._remote}:{self._port}",
-                    hint="is charon running, with plugins.ha { local = "
-                    f"{self._remote}  remote = {self._local}  monitor = no }} in strongswan.conf?",
-                )
-            if waiting < limit:
-                return
+            if waiting is None or waiting < limit:
+                return waiting is not None
             await asyncio.sleep(0.002)
         raise CharonError("charon has not read its HA socket for a second", hint="see charon's log")
 
     def _queue(self) -> int | None:
         """Octets in charon's receive queue, None if no socket is bound."""
+        self._room = 0
         for table in self._sockets():
             at = table.find(self._key)
             if at >= 0 and table.find(b"\n", at) > 0:
-                return int(table[at + len(self._key) :].split(None, 4)[2].partition(b":")[2], 16)
+                waiting = int(table[at + len(self._key) :].split(None, 4)[2].partition(b":")[2], 16)
+                if waiting < _QUEUE_LIMIT:
+                    self._room, self._room_until = _BATCH, time.monotonic() + _FRESH
+                return waiting
         return None
 
     def _others(self, sock: socket.socket) -> list[str]:
