@@ -545,7 +545,8 @@ class Away:
         if now is not None:
             now = self._led(now) if now.peer else now
             self._keep(now, soon=soon)
-            self._shut(now)
+            if now.stage is not Stage.COMING:  # until then nothing that is shut was opened
+                self._shut(now)
             self._lead(row, now)
             return
         self._leave_out(row.key)

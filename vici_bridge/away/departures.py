@@ -18,6 +18,7 @@ from ikectx.numbers import Mode
 from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.kernel.nat_rule import NatRule, rule_from_json, rule_to_json
+from vici_bridge.kernel.routes import text_of
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy
 from vici_bridge.kernel.xfrm_parts import NO_LIMITS, NO_USAGE, Network
 from vici_bridge.vici.views import COND_NAT_THERE, prefixes
@@ -244,7 +245,7 @@ class Departure:
                 "stage": str(self.stage),
                 "prefixes": self.prefixes,
                 "led": self.led,
-                "via": [str(address) for address in self.via],
+                "via": [text_of(address) for address in self.via],
                 "blocks": [policy.raw.hex() for policy in self.blocks],
                 "allows": [policy.raw.hex() for policy in self.allows],
                 "closed": self.closed,

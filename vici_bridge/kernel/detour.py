@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
 from ikectx.errors import KernelError
 from ikectx.sa.context import Address
@@ -23,7 +23,7 @@ from ikectx.sa.context import Address
 from . import routes
 from .netlink import ROUTE, Netlink, failure
 from .netlink_parts import CREATE, DUMP, REPLACE
-from .routes import GETROUTE, LOCAL, UNICAST, UNREACHABLE, KernelRoute
+from .routes import GETROUTE, LOCAL, UNICAST, UNREACHABLE, KernelRoute, text_of
 from .xfrm_parts import INET, INET6, Network, XfrmRequest, family_of
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Detour:
     def add(
         self,
         prefixes: Iterable[str | Network],
-        via: Sequence[str | Address],
+        via: Sequence[Address],
         inside: Collection[Network] = (),
     ) -> list[Network]:
         """KernelRoute `prefixes` by way of the first of `via` of the same family; IPv4 also over IPv6.
@@ -75,12 +75,11 @@ class Detour:
         there), one that contains the gateway itself, one without a gateway of a fitting family. Idempotent.
         Errors: KernelError (the gateway's inner address is not reachable, for one).
         """
-        gateways = [ip_address(str(address)) for address in via]
         skipped: list[Network] = []
         wanted: list[XfrmRequest] = []
         nets = list(map(_network, prefixes))
         for prefix, own in zip(nets, self._sources(nets, inside), strict=True):
-            gateway = _gateway(prefix, gateways)
+            gateway = _gateway(prefix, via)
             why = _unfit(prefix, gateway)
             if why or gateway is None:
                 log.warning("packets for %s are not sent on to another gateway: %s", prefix, why)
@@ -135,9 +134,9 @@ class Detour:
         with self._lock:
             return self._listing(shut=shut)
 
-    def device_to(self, prefix: str | Network, via: Sequence[str | Address]) -> int:
+    def device_to(self, prefix: str | Network, via: Sequence[Address]) -> int:
         """Index of the device by which `add` would send packets for `prefix` on; 0: there is no way."""
-        gateway = _gateway(_network(prefix), [ip_address(str(address)) for address in via])
+        gateway = _gateway(_network(prefix), via)
         if gateway is None or _unfit(_network(prefix), gateway):
             return 0
         device, direct = self._way_to(gateway)
@@ -209,7 +208,7 @@ def _route_request(
     number: int, prefix: Network, gateway: Address | None, *, shut: bool = False, own: Address | None = None
 ) -> XfrmRequest:
     new = number == routes.NEWROUTE
-    where = "nowhere" if shut else f"via {gateway}"
+    where = "nowhere" if gateway is None else f"via {text_of(gateway)}"
     what = f"route {prefix} {where}" if new else f"remove the route to {prefix}"
     route = KernelRoute(
         _family(prefix),
@@ -232,6 +231,7 @@ def ask_way(route: Netlink, destination: Address, source: Address | None = None)
     return KernelRoute.parse(outcome.answers[0]) if outcome.answers else None
 
 
+@lru_cache(maxsize=1 << 10)
 def _way_request(destination: Address, source: Address | None = None) -> XfrmRequest:
     wanted = KernelRoute(family_of(destination), destination, destination.max_prefixlen, source)
     return wanted.request(GETROUTE, 0, f"find the way to {destination}")

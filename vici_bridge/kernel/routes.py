@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
 from ikectx.errors import KernelError
@@ -96,6 +97,13 @@ class KernelRoute:
             kind=kind,
             own=own,
         )
+
+
+@lru_cache(maxsize=1 << 10)
+def text_of(address: Address) -> str:
+    """An address of a gateway as text: kept, because that takes 20 us for one of IPv6, and gateways are
+    few."""
+    return str(address)
 
 
 def _address(octets: bytes | None) -> Address | None:

@@ -455,7 +455,7 @@ def inner(space: Namespace) -> Namespace:
     return space
 
 
-VIA = ("fd00:1::2", "10.1.0.2")
+VIA = (ip_address("fd00:1::2"), ip_address("10.1.0.2"))
 
 
 def test_detour(inner: Namespace) -> None:
@@ -541,11 +541,11 @@ def test_detour_leaves_out(inner: Namespace, caplog: pytest.LogCaptureFixture) -
     assert "is inside" in caplog.text
     assert [str(net) for net in detour.listing()] == ["10.9.0.5/32"]
     detour.remove(["0.0.0.0/0", "10.9.0.5/32"])
-    assert [str(net) for net in detour.add(["fd00:9::5/128"], ["10.1.0.2"])] == ["fd00:9::5/128"]
-    assert detour.add(["10.9.0.5/32"], ["fd00:1::2"]) == []
+    assert [str(net) for net in detour.add(["fd00:9::5/128"], VIA[1:])] == ["fd00:9::5/128"]
+    assert detour.add(["10.9.0.5/32"], VIA[:1]) == []
     assert "via inet6 fd00:1::2" in inner.run("ip route get 10.9.0.5")
     with pytest.raises(KernelError, match=r"route 10.9.0.6/32 via 203.0.113.9") as caught:
-        detour.add(["10.9.0.6/32"], ["203.0.113.9"])
+        detour.add(["10.9.0.6/32"], [ip_address("203.0.113.9")])
     assert caught.value.errno in (errno.ENETUNREACH, errno.EINVAL)
 
 

@@ -137,7 +137,7 @@ def test_changes_are_told_soon_and_our_own_are_not() -> None:
                     time.sleep(0.05)
                 time.sleep(0.2)
                 await told()
-                detour.add(["10.9.0.5/32", "10.9.0.6/32"], ["10.1.0.2"])
+                detour.add(["10.9.0.5/32", "10.9.0.6/32"], [ip_address("10.1.0.2")])
                 detour.remove(["10.9.0.6/32"])
                 space.run("ip route add 10.66.0.0/16 via 10.1.0.9", "ip route del 10.66.0.0/16")
                 assert not select.select([events._events], [], [], 0)[0], "the agent is not even woken"
