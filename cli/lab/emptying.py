@@ -16,7 +16,7 @@ from ikectx.errors import CharonError
 
 from . import guest as lab_guest
 from .config import Tunnel
-from .fleet import Fleet, prepare
+from .fleet import SEGMENTS, Fleet, prepare
 from .hosts import Lab
 from .machine import host
 from .net import GATEWAYS, INNER
@@ -56,7 +56,7 @@ def drain(size: int, *, libipsec: bool, profile: bool, say: Say) -> dict[str, An
     try:
         say("network and daemons")
         prepare(lab)
-        lab.up(Tunnel(libipsec=libipsec))
+        lab.up(Tunnel(segments=SEGMENTS, libipsec=libipsec))
         say(f"{size} mobile nodes connect to psg")
         # what the agents hold before there are SAs: they have read their files and listened to charon
         idle = memory_kib(lab)
@@ -94,6 +94,7 @@ def _drained(lab: Lab, fleet: Fleet, idle: dict[str, int], say: Say) -> dict[str
         {host: spent[host] for host in GATEWAYS},
         {host: held[host] - idle[host] for host in GATEWAYS},
         {
+            "segments": SEGMENTS,
             "charon_ms_per_sa": {
                 host: None if took is None else round(took / fleet.size, 1) for host, took in theirs.items()
             },

@@ -97,8 +97,11 @@ def drains(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             for one in found
         ),
     )
+    many = sorted({one["segments"] for one in found if one.get("segments")})
     yield (
-        "No name collides. CPU and memory are those of the agents; memory is what their resident sets have "
+        "No name collides. "
+        + "".join(f"charon has {number} HA segments (`segment_count`). " for number in many)
+        + "CPU and memory are those of the agents; memory is what their resident sets have "
         "grown by since before the SAs came up. One of the mobile nodes has traffic in both directions all "
         "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move, and what is lost "
         "is lost towards the mobile node while its own SA moves: it takes nothing from the new gateway "

@@ -195,7 +195,9 @@ def test_a_drain_is_told_with_what_one_sa_costs() -> None:
     )
     start = "| 200 | uml | real | kernel | 14 | 14 | 48 | 58 | – + – + – | 40 | 3 of 6000 | 20 / 21 |"
     assert start in text and text.index(start) < text.index("| 1000 | uml | real | kernel | 100 | 10 |")
-    assert "Gaps" not in text
+    assert "Gaps" not in text and "No name collides. CPU" in text
+    segments = page(merge({"a": alone("drains", drain(segments=16))}, "c"))
+    assert "No name collides. charon has 16 HA segments (`segment_count`). CPU" in segments
 
 
 def test_the_table_of_mobiarch_has_their_rows_and_every_mode_of_this_run() -> None:
