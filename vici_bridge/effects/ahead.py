@@ -47,8 +47,10 @@ AHEAD: LedgerStep[Moving] = LedgerStep(
         StepEffect("numbers jump", _jump, limit=_LIMIT),
         StepEffect("ESP goes by the new place", _go, limit=_LIMIT),
     ),
+    journaled=False,
 )
 HOME: LedgerStep[Moving] = LedgerStep(
     "home",
     (StepEffect("ESP goes by its SAs", go_home, limit=_LIMIT, needed=False),),
+    journaled=False,
 )

@@ -62,4 +62,5 @@ QUIET: LedgerStep[Moving] = LedgerStep(
         StepEffect("passive is noted", _note),
         StepEffect("charon is passive", _pause),
     ),
+    journaled=False,
 )

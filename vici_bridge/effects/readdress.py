@@ -74,5 +74,6 @@ READDRESS: LedgerStep[Moving] = LedgerStep(
         StepEffect("IKE_SA's name", _rename),
         StepEffect("all is done", _done),
     ),
+    journaled=False,
     anew=True,
 )

@@ -7,9 +7,10 @@ neither repeats an effect that must happen once nor forgets the rest:
 
 - an effect that is done is not done again. If it is harmless to do it again, it is noted with the next write,
   because a write for each would cost more than the effect does;
-- the facts that an effect returns are on the disk before the next effect begins;
-- an effect that is done `once` is noted before it begins and when it has ended. If its end was not noted,
-  `probe` finds out whether it is done; without a probe it is done again;
+- the facts that an effect returns are on the disk before the next effect begins, and those of the last one
+  when the step has ended: with the journal's next state, if there is one;
+- an effect that is done `once` is noted before it begins, and its end before the next one does. If its end
+  was not noted, `probe` finds out whether it is done; without a probe it is done again;
 - an effect that the step does not need (a script of the operator, asking the mobile node back) and that fails
   or takes longer than its limit is left for later, or given up, so that it never keeps an SA from a gateway
   that serves it. An effect that is left for later is tried again in the background.
@@ -109,9 +110,9 @@ def context_of(row: Row[Any]) -> IkeContext:
 
 @dataclass(frozen=True, slots=True)
 class LedgerStep(Generic[W]):
-    """A step by its name. ends: the SA's row is dropped at its end. journaled: that is written together with
-    the journal's next state. anew: if it begins again it does all of its effects, because each checks the
-    state of charon and the kernel, and earlier changes may have been lost."""
+    """A step by its name. ends: the SA's row is dropped at its end. journaled: its end is written together
+    with the journal's next state. anew: if it begins again it does all of its effects, because each checks
+    the state of charon and the kernel, and earlier changes may have been lost."""
 
     name: str
     effects: tuple[StepEffect[W], ...]
@@ -158,10 +159,13 @@ class Runner(Generic[W]):
             ident = trace.transfer_id() or row.transfer_id
             row = replace(row, step=step.name, done=(), begun="", later=(), context=(), transfer_id=ident)
             self._ledger.hold(row)
+        owes = False  # whether the row must be written before another effect begins
         with self._crowd:
             for effect in step.effects:
                 if effect.name not in self._ledger.of(work.sa).done and effect.when(work):
-                    await self._do(effect, work)
+                    if owes and not effect.once:
+                        await self._put(self._ledger.of(work.sa))
+                    owes = await self._do(effect, work)
         row = self._ledger.of(work.sa)
         if row.later:
             ended = replace(row, step="", done=(), begun="")
@@ -170,7 +174,7 @@ class Runner(Generic[W]):
         elif step.ends:
             self._ledger.drop(work.sa, soon=step.journaled)
         else:
-            self._ledger.put(replace(row, step="", done=(), begun=""), soon=True)
+            self._ledger.put(replace(row, step="", done=(), begun=""), soon=step.journaled or not owes)
 
     def resume(self, work_of: Callable[[SaName, IkeContext], W]) -> None:
         """After a start: go on with effects that an agent before this one had left for later. Raises
@@ -203,17 +207,17 @@ class Runner(Generic[W]):
         self._waiting[work.sa] = turn = object()
         self._spawn(self._try_again([self._effects[name] for name in names], work, turn, ends))
 
-    async def _do(self, effect: StepEffect[W], work: W) -> None:
+    async def _do(self, effect: StepEffect[W], work: W) -> bool:
+        """Whether its end must be on the disk before another one begins."""
         row = self._ledger.of(work.sa)
         begun = row.begun == effect.name
         if begun and effect.probe is not None and await effect.probe(work):
-            await self._done(effect, work, None)
-            return
+            return self._done(effect, work, None)
         if (work.sa, effect.name) in self._cut:
             self._cut.discard((work.sa, effect.name))
             if not effect.needed:
                 await self._leave(effect, work, StateError("the step's time was over before it ended"))
-                return
+                return False
         if effect.once:
             await self._put(replace(row, begun=effect.name))
         try:
@@ -222,11 +226,11 @@ class Runner(Generic[W]):
             if effect.needed:
                 raise
             await self._leave(effect, work, error)
+            return False
         except asyncio.CancelledError:
             self._cut.add((work.sa, effect.name))
             raise
-        else:
-            await self._done(effect, work, facts)
+        return self._done(effect, work, facts)
 
     async def _limited(self, effect: StepEffect[W], work: W) -> Facts | None:
         try:
@@ -234,16 +238,15 @@ class Runner(Generic[W]):
         except TimeoutError:
             raise StateError(f"{effect.name} did not end within {effect.limit:g} s") from None
 
-    async def _done(self, effect: StepEffect[W], work: W, facts: Facts | None) -> None:
+    def _done(self, effect: StepEffect[W], work: W, facts: Facts | None) -> bool:
         row = self._ledger.of(work.sa).finished(effect.name)
         if facts:
             row = row.knows(**facts)
         if effect.soon and facts:
             self._ledger.put(row, soon=True)
-        elif facts or effect.once:  # after a crash the note from before it began must not be found
-            await self._put(row)
-        else:
-            self._ledger.hold(row)
+            return False
+        self._ledger.hold(row)
+        return bool(facts) or effect.once  # after a crash the note from before it began must not be found
 
     async def _leave(self, effect: StepEffect[W], work: W, error: IkectxError) -> None:
         row = self._ledger.of(work.sa)

@@ -99,6 +99,33 @@ def test_facts_are_on_the_disk_before_the_next_effect() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("journaled", [True, False])
+def test_the_end_of_the_last_effect_is_written_once_with_that_of_the_step(journaled: bool) -> None:
+    async def scenario() -> None:
+        step = LedgerStep(
+            "step",
+            (effect("a", facts={"request": 7}), effect("b", once=True), effect("c", facts={"unsure": True})),
+            journaled=journaled,
+        )
+        bench = Bench(step)
+        begun = []
+        keep = bench.store.keep
+
+        def watched(role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
+            begun.append((bench.ledger.of(SA).begun, soon))
+            keep(role, key, row, soon=soon)
+
+        bench.store.keep = watched  # type: ignore[method-assign]
+        await bench.runner.run(step, Work())
+        # that b begins has the facts of a, its end comes before c begins, and that of c with the step's
+        assert begun == [("b", False), ("", False), ("", journaled)]
+        bench.store.flush()
+        bench.begin()
+        assert bench.ledger.of(SA).facts == SourceFacts(request=7, unsure=True)
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("done", [True, False])
 def test_a_probe_tells_whether_what_had_begun_is_done(done: bool) -> None:
     async def scenario() -> None:
