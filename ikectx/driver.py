@@ -308,6 +308,8 @@ class Driver:
                     link.handled()
             case Connect(effect, peer):
                 self._connect(Connect(effect, peer))
+            case Journal(_, entry, _, True):
+                self._store.write(entry, soon=True)
             case Journal():
                 self._writes.append(output)
             case Effect(effect, step) if type(step) in _AT_ONCE:

@@ -332,6 +332,8 @@ class Disk:
 
     def __init__(self) -> None:
         self.journal: dict[tuple[str, bytes], JournalEntry] = {}
+        self.soon: dict[tuple[str, bytes], JournalEntry] = {}
+        """Entries that are written with what is written next, and lost where the agent dies before."""
         self.notes: dict[tuple[str, str], bytes] = {}
         self.has: JournalHas = "whole"
         self.doubtful: set[tuple[str, bytes]] = set()
@@ -341,7 +343,7 @@ class Disk:
         entries = self.journal.values()
         match step:
             case FindTransfer(role, transfer_id):
-                return self.journal.get((role, transfer_id))
+                return self.soon.get((role, transfer_id)) or self.journal.get((role, transfer_id))
             case FindEpochs(sa):
                 ours = [one for one in entries if one.sa == sa]
                 owned = [one.epoch for one in ours if (one.role, one.state) == ("target", "owned")]
@@ -352,7 +354,7 @@ class Disk:
             case OwnedFrom(peer, mn):
                 return any(
                     (one.role, one.peer, one.mn_address) == ("target", peer, mn)
-                    and one.state not in ("prepared", "aborted")
+                    and one.state not in ("installing", "preparing", "prepared", "aborted")
                     for one in entries
                 )
             case Put(kind, key, value):
@@ -365,8 +367,11 @@ class Disk:
                 return [(key, value) for (of, key), value in sorted(self.notes.items()) if of == kind]
         return None
 
-    def write(self, entry: JournalEntry) -> None:
-        self.journal[entry.role, entry.transfer_id] = entry
+    def write(self, entry: JournalEntry, *, soon: bool = False) -> None:
+        self.soon[entry.role, entry.transfer_id] = entry
+        if not soon:
+            self.journal.update(self.soon)
+            self.soon.clear()
 
     @property
     def open(self) -> list[JournalEntry]:
@@ -445,6 +450,7 @@ class Side:
     def die(self) -> None:
         """The process is gone: no word to anybody."""
         self.engine = None
+        self.disk.soon.clear()
         self.life += 1
         self.open.clear()
         self.world.killed(self.name)
@@ -495,6 +501,9 @@ class Side:
                 world.cut(number)
             case Connect(effect, peer):
                 world.connect(self, effect, peer)
+            case Journal(_, entry, _, True):
+                world.chance(world.weather.full)  # as for each write, so that a seed goes on meaning the same
+                self.disk.write(entry, soon=True)
             case Journal(effect, entry):
                 if world.chance(world.weather.full):
                     self.done(effect, StoreError("the disk is full"))

@@ -424,13 +424,13 @@ class CountedStore(SqliteStore):
     """The journal refuses to enter this state."""
     refused = 0
 
-    def write(self, *entries: JournalEntry, durable: bool = True) -> None:
-        if self.broken and self.broken in (entry.state for entry in entries):
+    def write(self, *entries: JournalEntry, durable: bool = True, soon: bool = False) -> None:
+        if not soon and self.broken and self.broken in (entry.state for entry in entries):
             self.refused += len(entries) == 1
             raise StoreError("the disk is full")
         for entry in entries:
             self.fuse.tick(f"{entry.role}: before writing {entry.state}")
-        super().write(*entries, durable=durable)
+        super().write(*entries, durable=durable, soon=soon)
         for entry in entries:
             self.fuse.tick(f"{entry.role}: after writing {entry.state}")
 

@@ -90,11 +90,13 @@ async def _effect(at: At, limited: Any, runner: Any, effect: Any, work: Any) -> 
     return facts
 
 
-def _write(at: At, folder: Path, write: Any, store: Any, *entries: Any, durable: bool = True) -> None:
+def _write(
+    at: At, folder: Path, write: Any, store: Any, *entries: Any, durable: bool = True, soon: bool = False
+) -> None:
     for entry in entries:
         at(journal_point(entry.state, BEFORE))
-    write(store, *entries, durable=durable)
-    if durable:
+    write(store, *entries, durable=durable, soon=soon)
+    if durable and not soon:
         _sync(folder, lambda _store: None, store)
     for entry in entries:
         at(journal_point(entry.state, AFTER))

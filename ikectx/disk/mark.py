@@ -97,9 +97,11 @@ class MarkedStore(SqliteStore):
         if self.has == "old" and not self._open:
             self._put_mark(_GAPS, b"\0", self._gaps())
 
-    def write(self, *entries: JournalEntry, durable: bool = True) -> None:
+    def write(self, *entries: JournalEntry, durable: bool = True, soon: bool = False) -> None:
         """As `SqliteStore.write`."""
-        super().write(*entries, durable=durable)
+        super().write(*entries, durable=durable, soon=soon)
+        if soon:
+            return
         self._open -= {(one.transfer_id, one.role) for one in entries if one.result}
         if entries and self._believed and not self._open:
             last = entries[-1]

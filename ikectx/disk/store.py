@@ -41,6 +41,8 @@ LOG_SIZE = 4 * 1024 * 1024
 SPARE_PAGES = 256
 """Empty pages that the database keeps; the disk gets back what is more, when something is deleted."""
 _CHECK = b"ikectx store"
+_NOT_TAKEN = "('installing', 'preparing', 'prepared', 'aborted')"
+"""States in the journal of a transfer to here that has taken nothing."""
 _INCREMENTAL = 2
 """SQLite's auto_vacuum that gives empty pages back when it is told to."""
 
@@ -97,6 +99,8 @@ class SqliteStore:
         self._written = 0
         self._waiting: dict[tuple[str, str, str], bytes | None] = {}
         """Rows of the ledger that are to be written with whatever is written next."""
+        self._soon: dict[tuple[bytes, Role], JournalEntry] = {}
+        """Entries of the journal that are, by ID and role."""
         self._sealed: dict[tuple[bytes, Role], journal_rows.Secrets] = {}
         """Context and final state that the journal has of transfers that are open, by ID and role."""
         try:
@@ -291,15 +295,26 @@ class SqliteStore:
             self._waiting = before
             raise
 
-    def _flush(self) -> None:
-        """Write what waits; where that fails it goes on waiting."""
-        if len(self._waiting) > 1:
-            with self._transaction():
-                self._write_rows()
-        elif self._waiting:
-            with self._errors():
-                self._write_rows()
+    def _flush(self, *entries: JournalEntry) -> None:
+        """Write these, and what waits; where that fails it goes on waiting."""
+        due = {**self._soon, **{(one.transfer_id, one.role): one for one in entries}}
+        lines = [one.audit for one in entries if one.audit]
+        many = len(self._waiting) + len(due) + len(lines)
+        if not many:
+            return
+        with self._transaction() if many > 1 else self._errors():
+            self._write_rows()
+            for ident, entry in due.items():
+                journal_rows.write(self._db, self._sealer, entry, self._sealed.get(ident))
+            if lines:
+                self._audit.append(*lines)
         self._waiting.clear()
+        self._soon.clear()
+        for ident, entry in due.items():
+            if entry.result:
+                self._sealed.pop(ident, None)
+            else:
+                self._sealed[ident] = entry.context, entry.final
 
     def _write_rows(self) -> None:
         for (table, kind, key), value in self._waiting.items():
@@ -384,44 +399,37 @@ class SqliteStore:
 
     # -- the journal -------------------------------------------------------------------------------------
 
-    def write(self, *entries: JournalEntry, durable: bool = True) -> None:
+    def write(self, *entries: JournalEntry, durable: bool = True, soon: bool = False) -> None:
         """Put each entry where (transfer_id, role) is; the moment of the first write stays its `started`.
 
-        All of them, rows of the ledger that were to be written soon, and what the audit log is to say, are
-        written in one transaction.
+        All of them, what was to be written soon, and what the audit log is to say, are written in one
+        transaction.
 
-        `durable`: on the disk itself when this returns; else it survives the process, not the power.
+        `durable`: on the disk itself when this returns; else it survives the process, not the power. `soon`:
+        with whatever is written next, instead of now; those have neither a result nor an audit line.
         """
+        if soon:
+            self._soon.update({(one.transfer_id, one.role): one for one in entries})
+            return
         self._sync(durable)
-        rows = bool(self._waiting)
-        lines = [entry.audit for entry in entries if entry.audit]
-        more = rows or lines or len(entries) > 1
-        with self._transaction() if more else self._errors():
-            self._write_rows()
-            for entry in entries:
-                kept = self._sealed.get((entry.transfer_id, entry.role))
-                journal_rows.write(self._db, self._sealer, entry, kept)
-            if lines:
-                self._audit.append(*lines)
-        if rows:
-            self._waiting.clear()
-        for entry in entries:
-            ident = entry.transfer_id, entry.role
-            if entry.result:
-                self._sealed.pop(ident, None)
-            else:
-                self._sealed[ident] = entry.context, entry.final
+        self._flush(*entries)
 
     def find(self, role: Role, transfer_id: bytes) -> JournalEntry | None:
         """That transfer, open or ended."""
+        if (transfer_id, role) in self._soon:
+            return self._soon[transfer_id, role]
         return next(iter(self._select("role = ? AND transfer_id = ?", (role, transfer_id))), None)
 
     def open_transfers(self) -> list[JournalEntry]:
         """All that have no result yet, oldest first."""
+        with contextlib.suppress(StoreError):  # a full disk: then as they were
+            self._flush()
         return self._select("result = ''", ())[::-1]
 
     def history(self, limit: int = 100) -> list[JournalEntry]:
         """The newest transfers, newest first, without `context` and `final`."""
+        with contextlib.suppress(StoreError):
+            self._flush()
         return self._select("1", (), limit=limit, sealed=False)
 
     def audit_lines(self, limit: int) -> list[dict[str, Any]]:
@@ -461,7 +469,7 @@ class SqliteStore:
 
     def owned_from(self, peer: str, mn_address: str) -> bool:
         """Do we own, or did we take, anything that this peer pushed for this MN?"""
-        took = "role = 'target' AND peer = ? AND mn_address = ? AND state NOT IN ('prepared', 'aborted')"
+        took = f"role = 'target' AND peer = ? AND mn_address = ? AND state NOT IN {_NOT_TAKEN}"
         return bool(self._select(took, (peer, mn_address), limit=1, sealed=False))
 
     def prune(self, before: float) -> int:

@@ -20,7 +20,7 @@ from .audit_line import audit_line
 from .effects import FindLatest, Step, Write
 from .journal import JournalEntry, JournalHas
 from .lines import Lines
-from .outputs import Report
+from .outputs import Journal, Report
 from .procedures import Do, Pause, Scheduler, Steps, log
 from .report import TransferEvent, TransferReport
 from .tables import OSEQ_JUMP
@@ -112,7 +112,8 @@ class Parts:
 class Run(Generic[_State, _Input, _Action]):
     """One transfer in one role.
 
-    `durable`: states that must be on the disk itself. `results`: the states that end it, and the journal's
+    `durable`: states that must be on the disk itself. `soon`: states that are written with what is written
+    next. `results`: the states that end it, and the journal's
     word for each. `instead`: what to feed when a state may not be entered since it cannot be journaled.
     `ticket`: of the request that began it.
     """
@@ -128,6 +129,7 @@ class Run(Generic[_State, _Input, _Action]):
         ticket: int = 0,
         *,
         durable: frozenset[_State],
+        soon: frozenset[_State],
         results: Mapping[_State, str],
         instead: Mapping[_State, _Input],
     ) -> None:
@@ -144,9 +146,10 @@ class Run(Generic[_State, _Input, _Action]):
         self.asked_by = ""
         """Whose wish it is, for the audit log; empty: not known any more, after a restart."""
         self.on_disk = machine.state
-        """The state that the journal has."""
+        """The state that the journal has, or gets with what is written next."""
         self._began = parts.now
         self._durable = durable
+        self._soon = soon
         self._results = results
         self._instead = instead
 
@@ -248,7 +251,10 @@ class Run(Generic[_State, _Input, _Action]):
         if state in self._durable and self.is_move(entry):
             line = audit_line(entry, self.parts.name, self.asked_by, self.context, self.last_state)
             written = changed(entry, audit={**line, **self.decided()})
-        yield Write(written, durable=self.parts.config.policy.durable and state in self._durable)
+        if state in self._soon:
+            self.parts.scheduler.outputs.append(Journal(0, written, durable=False, soon=True))
+        else:
+            yield Write(written, durable=self.parts.config.policy.durable and state in self._durable)
         self.entry = entry
         self.on_disk = state
 

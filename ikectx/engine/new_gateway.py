@@ -47,6 +47,7 @@ from .procedures import Gate, Steps, log
 from .tables import (
     TARGET_DURABLE,
     TARGET_OWNS,
+    TARGET_SOON,
     TargetAction,
     TargetInput,
     TargetState,
@@ -58,7 +59,6 @@ from .tables import (
 _RESULTS: Mapping[TargetState, str] = {TargetState.OWNED: "moved", TargetState.ABORTED: "aborted"}
 _INSTEAD: Mapping[TargetState, TargetInput] = {
     TargetState.PREPARING: TargetInput.FAILED,
-    TargetState.PREPARED: TargetInput.FAILED,
     TargetState.OWNING: TargetInput.MISFIT,
     TargetState.INSTALLING: TargetInput.TIMEOUT,
     TargetState.RECEIVING: TargetInput.FAILED,
@@ -149,6 +149,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             entry,
             ticket,
             durable=TARGET_DURABLE,
+            soon=TARGET_SOON,
             results=_RESULTS,
             instead=_INSTEAD,
         )

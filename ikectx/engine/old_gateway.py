@@ -35,7 +35,15 @@ from .procedures import Do, Gate, Steps, Timer, Turn, log
 from .relaying import Offers, new_entry, onward, relayed_words
 from .report import SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .signals import Signals
-from .tables import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
+from .tables import (
+    OSEQ_JUMP,
+    SOURCE_DURABLE,
+    SOURCE_SOON,
+    SourceAction,
+    SourceInput,
+    SourceState,
+    new_source,
+)
 
 _RESULTS: Mapping[SourceState, str] = {
     SourceState.DONE: "moved",
@@ -79,7 +87,11 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         state = SourceState.NEW if entry is None else SourceState(entry.state)
         machine = new_source(parts.now, parts.timing, state)
         super().__init__(
-            parts, machine, entry, ticket, durable=SOURCE_DURABLE, results=_RESULTS, instead=_INSTEAD
+            *(parts, machine, entry, ticket),
+            durable=SOURCE_DURABLE,
+            soon=SOURCE_SOON,
+            results=_RESULTS,
+            instead=_INSTEAD,
         )
         self.asked_by = occasion.asked_by
         self.peer = peer

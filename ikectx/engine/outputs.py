@@ -51,11 +51,13 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """Put the entry into the journal. `durable`: on the disk itself, where SAs outlive a loss of power."""
+    """Put the entry into the journal. `durable`: on the disk itself, where SAs outlive a loss of power.
+    `soon`: with what is written next; nobody waits for the outcome."""
 
     effect: int
     entry: JournalEntry
     durable: bool
+    soon: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 A machine takes an input and the time, changes its state and returns the actions to carry out. Its caller
 (`journaled.Run`) writes the new state to the journal *before* it carries them out, and feeds their outcome
-back. So the journal is never behind the real state, and after a crash the input `RESTART` in the journaled
-state says what is left to do.
+back. So the journal is never behind the real state (but for `SOURCE_SOON` and `TARGET_SOON`), and after a
+crash the input `RESTART` in the journaled state says what is left to do.
 
 Who owns the SA (`SOURCE_SERVES`, `TARGET_OWNS`; tests walk every interleaving):
 
@@ -321,6 +321,12 @@ SOURCE_DURABLE = frozenset({_S.RELEASED, _S.DONE, _S.KEPT, _S.REFUSED, _S.LOST})
 TARGET_DURABLE = frozenset({_T.OWNING, _T.OWNED, _T.ABORTED})
 """States that must be on the disk before anything follows, if SAs outlive a loss of power. The others need
 only outlive the process."""
+
+SOURCE_SOON = frozenset({_S.CLEANING})
+TARGET_SOON = frozenset({_T.CHECKING, _T.PREPARED})
+"""States that are written with what is written next, because an agent that finds the state before in its
+journal comes to the same end: a check changes nothing; what is being prepared is undone as what is prepared;
+who asks again whether an SA that it let go is owned gets the same answer."""
 
 _LATE = (
     *(_SI.ACCEPTED, _SI.REJECTED, _SI.CTC, _SI.TIMEOUT, _SI.LINK_LOST, _SI.LINK_UP),

@@ -84,10 +84,10 @@ def test_the_journal_is_synced_although_no_move_waits_for_it(monkeypatch: pytest
     sync, write = SqliteStore.sync, SqliteStore.write
     written = 0
 
-    def note_write(store: SqliteStore, *entries: Any, durable: bool = True) -> None:
+    def note_write(store: SqliteStore, *entries: Any, **how: Any) -> None:
         nonlocal written
         written += 1
-        write(store, *entries, durable=durable)
+        write(store, *entries, **how)
 
     def note_sync(store: SqliteStore) -> None:
         synced.append(written)
@@ -113,8 +113,8 @@ def test_an_sa_that_is_let_go_is_synced_at_once(monkeypatch: pytest.MonkeyPatch)
     states: list[str] = []
     sync, write = SqliteStore.sync, SqliteStore.write
 
-    def note_write(store: SqliteStore, *entries: Any, durable: bool = True) -> None:
-        write(store, *entries, durable=durable)
+    def note_write(store: SqliteStore, *entries: Any, **how: Any) -> None:
+        write(store, *entries, **how)
         states.extend(entry.state for entry in entries)
 
     def note_sync(store: SqliteStore) -> None:
@@ -140,10 +140,10 @@ def test_a_slow_disk_takes_one_thread_and_no_more(monkeypatch: pytest.MonkeyPatc
     written = synced = 0
     write = SqliteStore.write
 
-    def note_write(store: SqliteStore, *entries: Any, durable: bool = True) -> None:
+    def note_write(store: SqliteStore, *entries: Any, **how: Any) -> None:
         nonlocal written
         written += 1
-        write(store, *entries, durable=durable)
+        write(store, *entries, **how)
 
     async def slow_sync() -> None:
         nonlocal busy, most, synced

@@ -89,6 +89,8 @@ def model(
         f"#define T_IS_FINAL(x) ({_any('T', tables.TARGET_FINAL)})",
         f"#define S_IS_DURABLE(x) ({_any('S', tables.SOURCE_DURABLE)})",
         f"#define T_IS_DURABLE(x) ({_any('T', tables.TARGET_DURABLE)})",
+        f"#define S_IS_SOON(x) ({_any('S', tables.SOURCE_SOON)})",
+        f"#define T_IS_SOON(x) ({_any('T', tables.TARGET_SOON)})",
         f"#define S_HAS_TIMER(x) ({_any('S', SOURCE_TIMERS)})",
         f"#define T_HAS_TIMER(x) ({_any('T', TARGET_TIMERS)})",
         f"#define T_SAYS_YES(x) ({_any('T', SAYS_YES)})",

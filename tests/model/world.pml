@@ -33,11 +33,12 @@
 byte faults = FAULTS;
 byte mode;
 
-byte s = S_NEW, s_disk = S_NEW;		/* the journal's state; what a loss of power leaves of it */
+/* the journal's state, if what was to be written soon was written; without that; what a loss of power leaves of it */
+byte s = S_NEW, s_row = S_NEW, s_disk = S_NEW;
 short s_todo; byte s_in = NONE;		/* actions not done yet; an input that waits to be fed */
 bool s_sends = true;			/* the kernel of the old gateway has an outbound policy */
 bool s_has = true;			/* charon there has the SA */
-byte t = T_NEW, t_disk = T_NEW;
+byte t = T_NEW, t_row = T_NEW, t_disk = T_NEW;
 short t_todo; byte t_in = NONE;
 bool t_sends, t_has;
 bool t_forgot;				/* its store was lost */
@@ -198,7 +199,7 @@ inline take_mail() {
 		t_asked = mail; t_asked_over = over;
 		if
 		:: t == T_NEW && t_forgot && t_has && t_active -> /* its charon serves it: written down again */
-			t = T_OWNED; t_disk = T_OWNED;
+			t = T_OWNED; t_row = T_OWNED; t_disk = T_OWNED;
 			if :: over == link -> post(to_s, M_YES_CTD) :: else -> skip fi;
 			t_asked = 0
 		:: t == T_NEW && t_forgot && t_has && !t_active -> /* its charon has it: neither yes nor no */
@@ -287,10 +288,12 @@ active proctype world() {
 			:: faults > 0 && up -> faults--; if :: cut(true) :: cut(false) fi; link_is_lost()
 			:: faults > 0 -> faults--; kill_s()
 			:: faults > 0 -> faults--; kill_t()
-			:: faults > 0 -> faults--; s = s_disk; s_sends = false; s_has = false; doomed = true; kill_s()
+			:: faults > 0 && s != s_row -> faults--; s = s_row; kill_s()
+			:: faults > 0 && t != t_row -> faults--; t = t_row; kill_t()
+			:: faults > 0 -> faults--; s = s_disk; s_row = s_disk; s_sends = false; s_has = false; doomed = true; kill_s()
 			:: faults > 0 -> faults--; if :: t_sends || OWNS(t) -> doomed = true :: else -> skip fi;
-				t = t_disk; t_sends = false; t_has = false; t_active = false; kill_t()
-			:: faults > 0 && !t_forgot -> faults--; t_forgot = true; t = T_NEW; t_disk = T_NEW; t_denied = false; kill_t()
+				t = t_disk; t_row = t_disk; t_sends = false; t_has = false; t_active = false; kill_t()
+			:: faults > 0 && !t_forgot -> faults--; t_forgot = true; t = T_NEW; t_row = T_NEW; t_disk = T_NEW; t_denied = false; kill_t()
 			:: faults > 0 && IDLE_S -> faults--; feed_s(SI_CANCEL)
 			:: faults > 0 && s == S_FREEZING && s_in == SI_OK -> faults--; s_in = SI_CANCEL
 			:: faults > 0 && IDLE_S && s == S_RELEASED && t == T_ABORTED && !t_denied -> faults--; feed_s(SI_RECLAIM)
@@ -300,11 +303,13 @@ active proctype world() {
 			fi;
 			if
 			:: to_feed_s != NONE -> source_table(to_feed_s); to_feed_s = NONE;
+				if :: S_IS_SOON(s) -> skip :: else -> s_row = s fi;
 				if :: S_IS_DURABLE(s) -> s_disk = s :: else -> skip fi
 			:: else -> skip
 			fi;
 			if
 			:: to_feed_t != NONE -> target_table(to_feed_t); to_feed_t = NONE;
+				if :: T_IS_SOON(t) -> skip :: else -> t_row = t fi;
 				if :: T_IS_DURABLE(t) -> t_disk = t :: else -> skip fi
 			:: else -> skip
 			fi;

@@ -323,6 +323,24 @@ def test_several_are_written_at_once_or_none(store: SqliteStore) -> None:
     assert {found.transfer_id for found in store.history()} == {entry(1).transfer_id, entry(2).transfer_id}
 
 
+def test_what_is_written_soon_goes_with_what_is_written_next(place: Path, store: SqliteStore) -> None:
+    def on_disk() -> list[str]:
+        with closing(sqlite3.connect(place / "state.db")) as db:
+            return [row[0] for row in db.execute("SELECT state FROM journal ORDER BY number")]
+
+    store.write(entry(1, state="checking"), soon=True)
+    found = store.find("source", entry(1).transfer_id)
+    assert found is not None and found.state == "checking" and on_disk() == []
+    store.write(entry(1, state="preparing"))
+    assert on_disk() == ["preparing"]
+    store.write(entry(1, state="prepared"), soon=True)
+    assert on_disk() == ["preparing"]
+    store.put("record", "one", SECRET)
+    assert on_disk() == ["prepared"]
+    store.write(entry(2, state="cleaning"), soon=True)
+    assert [one.state for one in store.open_transfers()] == on_disk() == ["prepared", "cleaning"]
+
+
 def test_history_is_newest_first_and_without_secrets(place: Path, store: SqliteStore) -> None:
     for number in range(5):
         store.write(entry(number, result="moved"))
@@ -358,6 +376,7 @@ def test_the_newest_transfer_of_an_sa_is_one_that_is_open_or_moved_it(store: Sql
 
 def test_it_knows_what_it_took_from_whom(store: SqliteStore) -> None:
     store.write(entry(1, role="target", state="prepared"))
+    store.write(entry(4, role="target", state="preparing"))
     store.write(entry(2, role="target", state="aborted", result="kept"))
     store.write(entry(3, role="source", state="done", result="moved"))
     assert not store.owned_from("nsg", "198.51.100.7")

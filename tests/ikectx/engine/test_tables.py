@@ -14,11 +14,13 @@ from ikectx.engine.tables import (
     SOURCE_FINAL,
     SOURCE_IGNORED,
     SOURCE_SERVES,
+    SOURCE_SOON,
     SOURCE_TABLE,
     TARGET_DURABLE,
     TARGET_FINAL,
     TARGET_IGNORED,
     TARGET_OWNS,
+    TARGET_SOON,
     TARGET_TABLE,
     SourceAction,
     SourceInput,
@@ -101,6 +103,26 @@ def test_ownership_begins_with_the_ctd_and_ends_in_an_undo() -> None:
     assert left == {T.UNDOING}
     assert {T.OWNING, T.OWNED, T.ABORTED} == TARGET_DURABLE
     assert S.RELEASED in SOURCE_DURABLE
+
+
+def test_what_is_written_soon_leads_where_the_state_before_leads_after_a_crash() -> None:
+    soon = {
+        (before, after, TARGET_TABLE.get((before, TI.RESTART)), TARGET_TABLE[after, TI.RESTART])
+        for (before, _), (after, *_) in TARGET_TABLE.items()
+        if after in TARGET_SOON and before is not after
+    }
+    undo = (T.UNDOING, TA.UNDO)
+    assert soon == {
+        (T.NEW, T.CHECKING, None, (T.ABORTED,)),  # nobody knows of it, and nothing was done
+        (T.PREPARING, T.PREPARED, undo, undo),
+        (T.INSTALLING, T.PREPARED, undo, undo),
+    }
+    # who asks once more is told that the other one owns it, and is where it was
+    assert {S.CLEANING} == SOURCE_SOON
+    assert {before for (before, _), (after, *_) in SOURCE_TABLE.items() if after in SOURCE_SOON} == {
+        *(S.RELEASED, S.CLEANING)
+    }
+    assert not TARGET_SOON & (TARGET_OWNS | TARGET_DURABLE) and not SOURCE_SOON & SOURCE_DURABLE
 
 
 # -- every interleaving ----------------------------------------------------------------------------------
