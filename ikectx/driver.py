@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from ikectx.disk.store import SqliteStore
 from ikectx.disk.syncs import Syncs
@@ -169,7 +169,7 @@ class Driver:
         self._goes_on = False
         """Whether the engine will be told soon, and what it gives out carried out."""
         self._events: list[tuple[Observer, TransferEvent]] = []
-        """What observers will be told soon."""
+        """What observers are told when all else is carried out."""
         self._writes: list[Journal] = []
         """What is to be written as soon as nothing else is to be carried out."""
         self._pumping = False
@@ -270,6 +270,8 @@ class Driver:
                     break
         finally:
             self._pumping = self._sent = False
+        if self._events:
+            self._notify()
         if self._writes:  # messages leave first, since a disk takes longer
             self._go_on_soon()
         self._arm()
@@ -322,7 +324,8 @@ class Driver:
                 gathers = isinstance(output.step, Prepare) and output.step.served
                 if gathers:
                     self._preparing.begin()
-                self._spawn(self._effect(output, gathers), output.step.NAME)
+                name = f"ikectx {output.step.NAME}"
+                self.running.add(asyncio.create_task(self._effect(output, gathers), name=name))
             case Report(event, ticket):
                 self._tell(event, ticket)
             case Answer(ticket, outcome) | Settled(ticket, outcome):
@@ -350,11 +353,8 @@ class Driver:
             future.set_result(outcome)
 
     def _tell(self, event: TransferEvent, ticket: int) -> None:
-        """Soon, since the next message is not to wait for observers."""
-        observers = [each for each in (self._observer, self._progress.get(ticket)) if each is not None]
-        if observers and not self._events:
-            asyncio.get_running_loop().call_soon(self._notify)
-        self._events += [(each, event) for each in observers]
+        observers = (self._observer, self._progress.get(ticket))
+        self._events += [(each, event) for each in observers if each is not None]
 
     def _notify(self) -> None:
         events, self._events = self._events, []
@@ -367,13 +367,16 @@ class Driver:
     # -- effects -----------------------------------------------------------------------------------------
 
     def _done(self, effect: int, outcome: object) -> None:
-        """Tell the engine soon: what ends or arrives in one round of the event loop is gone on with at once,
-        so that SAs that move together stay together."""
+        """Tell the engine: what ends or arrives in one round of the event loop is gone on with at once, so
+        that SAs that move together stay together. What ends alone waits for nothing."""
         self._all_done([(effect, outcome)])
 
     def _all_done(self, outcomes: Sequence[tuple[int, object]]) -> None:
         self._outcomes += outcomes
-        self._go_on_soon()
+        if self.running:
+            self._go_on_soon()
+        else:
+            self._go_on()
 
     def _go_on_soon(self) -> None:
         if not self._goes_on:
@@ -443,6 +446,8 @@ class Driver:
         except Exception as error:
             log_mistake(log, name, error)
             outcome = StateError(f"{name} failed with a {type(error).__name__}, see the log")
+        self.running.discard(cast(asyncio.Task[None], asyncio.current_task()))
+        self._quiet.set()
         if gathers:
             self._preparing.end((output.effect, outcome))
         else:
