@@ -297,7 +297,6 @@ class Agent:
                 ports=self._host.config.ports,
                 memory=bounds.memory,
                 rate=bounds.rate,
-                mark=MARK,
             )
             watcher.start()
             self._watcher = watcher
@@ -551,11 +550,11 @@ class Agent:
             self._source.departing.discard(sa)
 
 
-def _recorder(here: IkeContext) -> Held:
-    """Records requests of an SA's mobile node while the SA is mute, except those that charon cannot
-    answer."""
+def _recorder(here: IkeContext, request: tuple[bytes, ...]) -> Held:
+    """Records requests of an SA's mobile node while the SA is mute, except those that charon cannot answer.
+    `request`: one that came before."""
     skip = partial(asks_for_names, here.current)
-    return Held(here.spis, here.local, here.remote, mark=MARK, skip=skip)
+    return Held(here.spis, here.local, here.remote, mark=MARK, skip=skip, request=request)
 
 
 def _reports(reports: Sequence[TransferReport]) -> Response:

@@ -488,9 +488,10 @@ class Driver:
                 return await sink.still_here(final, mn, who)
             case GetReady(context, keep, leaving):
                 return await sink.ready(context, keep, leaving=leaving)
-            case Prepare(context, keep, answers, relayed_by, _):
+            case Prepare(context, keep, answers, relayed_by, _, shown):
                 sink.tell_later(context, answers)
                 sink.relayed(context, relayed_by)
+                sink.shown(context, shown)
                 await sink.prepare(context, keep)
                 heard_at = sink.heard_at(context) if relayed_by else None
                 return Prepared(sink.renames(context), sink.cannot_send(context), heard_at)

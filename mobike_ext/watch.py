@@ -1,5 +1,4 @@
-"""I/O: watches for IKE requests of SAs that are not here, asks other gateways about them, gives them to
-charon later.
+"""I/O: watches for IKE requests of SAs that are not here, and asks other gateways about them.
 
 A packet socket receives them below the firewall and beside charon, which owns the UDP ports and drops them
 silently (strongSwan 5.9.8: an alert inside, no notify on the wire). A filter in the kernel passes
@@ -9,9 +8,7 @@ second, the rest of a flood stays in the kernel, which drops packets when its bu
 decides about questions.
 
 If another gateway gave the SA, charon has it, but not the request that the mobile node waits for an answer
-to, because charon dropped it. The next retransmission may be seconds away (2.5 s, charon), so the request is
-sent once more, from the mobile node's address to our own, through the loopback device. It is octet for octet
-what the mobile node sent, and the old gateway has authenticated it.
+to, because charon dropped it: `packet_hold` gives it that request when it serves the SA.
 
 Needs CAP_NET_RAW. Source: Linux packet(7), raw(7), the packet filter of linux/filter.h.
 """
@@ -27,22 +24,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from ikectx import trace
 from ikectx.errors import IkectxError, LinkError, WireError
 from ikectx.mistakes import log_mistake
-from ikectx.net.bypass import bypass
 from ikectx.numbers import Exchange, Payload
 from ikectx.sa.context import Address, Endpoint
 from ikectx.sa.name import SaName
-from ikectx.wire.ikev2 import IKE_PORT, NATT_PORT, add_marker, strip_marker
+from ikectx.wire.ikev2 import IKE_PORT, NATT_PORT, strip_marker
 
 from . import bpf
 from .packet_io import (
     FRAGMENT,
-    IP4_HEADER,
     IP6_HEADER,
     MAX_DATAGRAM,
     UDP_HEADER,
     denied,
     packet_socket,
-    udp_datagram,
     udp_in,
 )
 from .unknown import UnknownMessage, UnknownSas
@@ -71,8 +65,7 @@ from the second, the mobile node's. True: the SA is here now, and charon serves 
 class Watcher:
     """Listens from `start` to `close`.
 
-    addresses: those of this gateway that mobile nodes know. deliver: give charon the mobile node's request
-    when it has the SA.
+    addresses: those of this gateway that mobile nodes know.
     """
 
     def __init__(
@@ -84,16 +77,14 @@ class Watcher:
         memory: int = 1024,
         rate: float = 10.0,
         grace: float = GRACE,
-        mark: int = 0,
         ports: Sequence[int] = IKE_PORTS,
     ) -> None:
-        """`mark`: see `deliver`. `ports`: charon.port and charon.port_nat_t."""
+        """`ports`: charon.port and charon.port_nat_t."""
         self.unknown = UnknownSas(random.SystemRandom().random, memory=memory, rate=rate)
         self._addresses = addresses
         self._known = known
         self._ask = ask
         self._grace = grace
-        self._mark = mark
         self._ports = ports
         self._receivers: list[socket.socket] = []
         self._asking: dict[SaName, asyncio.Task[None]] = {}
@@ -182,10 +173,6 @@ class Watcher:
             return
         if here:
             self.unknown.forget(question.spis)
-            try:
-                await asyncio.to_thread(deliver, question, mark=self._mark)
-            except OSError as error:  # a firewall of this host: the mobile node will send it again
-                log.info("the MN's request could not be given to charon again: %s", error.strerror)
 
 
 def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
@@ -199,35 +186,6 @@ def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
         return strip_marker(payload, local, remote), local, remote
     except WireError:
         return None
-
-
-def deliver(question: UnknownMessage, *, mark: int = 0) -> None:
-    """Send the mobile node's datagrams once more, from its address to ours, inside this host. Errors:
-    OSError.
-
-    `mark` (SO_MARK) distinguishes them from packets that leave this host.
-    """
-    local, remote = question.local, question.remote
-    six = local.address.version == 6
-    family = socket.AF_INET6 if six else socket.AF_INET
-    # IPPROTO_RAW: we make the IP header, so the source may be another host's
-    with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
-        bypass(raw)
-        if mark:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-        for datagram in question.datagrams:
-            udp = udp_datagram(remote, local, add_marker(datagram, local, remote))
-            head = _ip_header(remote.address, local.address, len(udp))
-            raw.sendto(head + udp, (str(local.address), 0))
-
-
-def _ip_header(source: Address, target: Address, length: int) -> bytes:
-    if source.version == 6:
-        first = (6 << 28).to_bytes(4) + length.to_bytes(2) + bytes((socket.IPPROTO_UDP, 64))
-        return first + source.packed + target.packed
-    # the kernel fills in length, identification and checksum
-    first = bytes((0x45, 0)) + (IP4_HEADER + length).to_bytes(2) + bytes(4) + bytes((64, socket.IPPROTO_UDP))
-    return first + bytes(2) + source.packed + target.packed
 
 
 # --- the socket ----------------------------------------------------------------------------------------

@@ -218,6 +218,8 @@ class MemoryGateway(ContextSource, ContextSink):
         self.passive: dict[SaName, IkeContext] = {}
         self.taken: set[SaName] = set()
         self.moves: list[SaName] = []
+        self.requests: list[tuple[bytes, ...]] = []
+        """The mobile nodes' requests that are given to charon."""
         self.renaming: set[SaName] = set()
         """SAs for whose MN nothing can be sent here before it knows other SPIs."""
         self.sending: set[SaName] = set()
@@ -264,6 +266,10 @@ class MemoryGateway(ContextSource, ContextSink):
         return await super().choose(context, to, address)
 
     def relayed(self, context: IkeContext, peer: str) -> None: ...
+
+    def shown(self, context: IkeContext, request: tuple[bytes, ...]) -> None:
+        if request:
+            self.requests.append(request)
 
     def heard_at(self, context: IkeContext) -> Address | None:
         return ip_address("192.0.2.88")

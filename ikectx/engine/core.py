@@ -323,6 +323,7 @@ class Engine:
                     lambda context: remote,
                     proves=partial(proof.verify, datagrams=what.datagrams),
                     here=what.local,
+                    shown=what.datagrams,
                 ),
             )
             yield from self.requests.run(one)

@@ -181,6 +181,7 @@ class Prepare:
     """Install the SA without owning it. Outcome: `Prepared`.
 
     `served`: the old gateway serves it meanwhile, so that what follows may wait for other SAs for a moment.
+    `shown`: the mobile node's IKE request that charon is to be given once it serves the SA.
     """
 
     NAME: ClassVar[str] = "prepare"
@@ -189,6 +190,7 @@ class Prepare:
     answers: bool
     relayed_by: str = ""
     served: bool = False
+    shown: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,9 @@ silent too long; this gateway is stopping, or dropped it for another reason of i
 
 
 class Asker(Protocol):
-    """`Request`, as far as a transfer needs the request that it answers."""
+    """`Request`, as far as a transfer needs the request that it answers. `shown`: see `requests.Sighting`."""
+
+    shown: tuple[bytes, ...]
 
     def run_ended(self, run: Incoming) -> None:
         """The transfer has ended."""
@@ -384,7 +386,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
 
     def _prepare(self, context: IkeContext) -> Steps[None]:
         served = self.machine.state is TargetState.PREPARING
-        wanted = Prepare(context, self.keep, self.answers, self.relayed_by, served)
+        shown = () if self.request is None else self.request.shown
+        wanted = Prepare(context, self.keep, self.answers, self.relayed_by, served, shown)
         self._prepared = yield from self.step(wanted)
         # a mobile node that waits for no answer decrypts nothing from here before it has moved by IKE
         if self.whole and self.answers and not self._prepared.cannot_send:

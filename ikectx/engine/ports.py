@@ -288,6 +288,11 @@ class ContextSink(Protocol):
     async def undo(self, context: IkeContext) -> None:
         """Undo `prepare` and `take`, with nothing left over. Idempotent; works after a crash."""
 
+    def shown(self, context: IkeContext, request: tuple[bytes, ...]) -> None:
+        """Called before `prepare`: the mobile node's IKE request, from its endpoint in the context to this
+        gateway, that nobody has answered; empty: there is none. `activate` gives it to the daemon, which else
+        gets it with its next repetition."""
+
     def relayed(self, context: IkeContext, peer: str) -> None:
         """Called before `check` and `prepare`: the mobile node stays at `peer`'s address, and is not told;
         empty: it does not.

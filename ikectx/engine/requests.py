@@ -129,13 +129,14 @@ class Sighting:
     `place`: where the MN of a context is now, or RefusedError. `proves`: raises RefusedError where what was
     shown here, by somebody who may be anybody, is not of the MN of a context. `here`: where at this gateway
     the MN came to, None: that is left to the sink. `answers`: the MN waits for an answer that can tell it new
-    names.
+    names. `shown`: the MN's IKE request, one datagram or all its fragments, that nobody has answered.
     """
 
     place: Callable[[IkeContext], Endpoint]
     proves: Callable[[IkeContext], object] | None = None
     here: Endpoint | None = None
     answers: bool = False
+    shown: tuple[bytes, ...] = ()
 
 
 _SLACK = 0.1
@@ -170,6 +171,7 @@ class Request:
         self.whole = seen is not None
         self.here = None if seen is None else seen.here
         self.answers = seen is not None and seen.answers
+        self.shown = () if seen is None else seen.shown
         self.dry_run = dry_run
         self.ticket = ticket
         self.endpoint: Endpoint | None = None

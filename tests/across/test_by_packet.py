@@ -57,7 +57,8 @@ def test_a_packet_brings_its_sa() -> None:
             assert (served.remote, served.local) == (NEW, HERE)
             assert served.mid_responder == context.mid_responder
             assert w.b.daemon.calls == ["check", "prepare", "take", "activate"]
-            assert w.b.daemon.moves == []  # charon answers the MN's retransmission
+            assert w.b.daemon.moves == []
+            assert w.b.daemon.requests == [(probe(context),)]  # charon answers it
 
     run(scenario())
 
@@ -73,6 +74,7 @@ def test_fragments_are_one_proof() -> None:
             assert report.result == "moved"
             await w.quiet()
             assert w.owner(sa) == "b"
+            assert w.b.daemon.requests == [tuple(parts)]
 
     run(scenario())
 

@@ -23,6 +23,7 @@ from ikectx.wire.ikev2 import IkeHeader
 from ikectx_cli.lab.config import Tunnel
 from ikectx_cli.lab.net import ANNOUNCED, AWAY, OUTER
 from mobike_ext import watch
+from mobike_ext.packet_hold import deliver
 from mobike_ext.unknown import UnknownMessage
 from tests.netns import of_name
 
@@ -95,11 +96,9 @@ def replay(
     world: World, host: str, heard: UnknownMessage, *, at: str, source: Endpoint | None = None
 ) -> None:
     """A stranger sends the same request to `host`."""
-    again = UnknownMessage(
-        heard.spis, heard.datagrams, Endpoint(ip_address(at), heard.local.port), source or heard.remote
-    )
+    to = Endpoint(ip_address(at), heard.local.port)
     with of_name(world.lab.net.namespace(host)).entered():
-        watch.deliver(again)
+        deliver(heard.datagrams, to, source or heard.remote)
 
 
 def test_a_stock_mn_that_lost_psg_meets_nsg(packets: World) -> None:

@@ -14,11 +14,25 @@ from ikectx.errors import LinkError
 from ikectx.numbers import Protocol
 from ikectx.sa.context import Endpoint, IkeContext
 from mobike_ext.naming import ask, asks_for_names
-from mobike_ext.packet_hold import MOST, Held
+from mobike_ext.packet_hold import MOST, Held, deliver
 from mobike_ext.requester import SaEnd
 from mobike_ext.spi_update import FRESH_OCTETS, SpiUpdate
 from tests.gateway_world import Place
-from tests.mobike_ext.test_watch import ENDS, NAME, header, host, pair, part, probe, root, udp
+from tests.mobike_ext.test_watch import (
+    ENDS,
+    MN,
+    MN6,
+    NAME,
+    US,
+    US6,
+    header,
+    host,
+    pair,
+    part,
+    probe,
+    root,
+    udp,
+)
 from tests.vici_bridge.effects.test_sink import a_context, final_of, move, place, run
 from vici_bridge.effects.sink import CharonSink
 from vici_bridge.kernel.message_ids import MessageIds
@@ -92,6 +106,15 @@ def test_what_is_no_request_of_this_sa_is_not_given() -> None:
 
 
 @root
+def test_a_request_that_came_before_is_given_first_and_once() -> None:
+    us, mn = ENDS[0]
+    parts = [part(number, 2) for number in (1, 2)]
+    later = bytes(4) + probe(message_id=3)
+    sent = [bytes(4) + parts[1], later]
+    assert hears(us, mn, sent, request=parts) == [*(bytes(4) + one for one in parts), later]
+
+
+@root
 def test_what_is_not_charons_to_answer_is_left_out() -> None:
     us, mn = ENDS[0]
     sent = [bytes(4) + probe(message_id=number) for number in (2, 3)]
@@ -109,6 +132,15 @@ def test_the_agents_request_is_told_from_charons() -> None:
         assert not asks_for_names(node, datagram)
         assert not asks_for_names(gateway, datagram[:-1] + b"?")
     assert not asks_for_names(gateway, b"")
+
+
+@root
+@pytest.mark.parametrize(("us", "mn"), [(US, MN), (US6, MN6)], ids=str)
+def test_the_mns_address_need_not_be_ours_to_send_from(us: Endpoint, mn: Endpoint) -> None:
+    with host(), udp(us) as charon:
+        deliver([probe()], us, mn)
+        data, source = charon.recvfrom(2000)
+        assert (data, source[:2]) == (bytes(4) + probe(), (str(mn.address), mn.port))
 
 
 @root
@@ -133,10 +165,10 @@ def test_closed_it_gives_nothing() -> None:
 
 
 class Recorder:
-    def __init__(self, calls: list[str], place: Place) -> None:
+    def __init__(self, calls: list[str], place: Place, request: tuple[bytes, ...]) -> None:
         self.calls = calls
         self.place = place
-        calls.append("hears")
+        calls.append("hears" if not request else f"hears {b''.join(request).decode()}")
 
     async def deliver(self) -> int:
         assert self.place.mute.muted == set(), "charon would not hear it"
@@ -151,7 +183,10 @@ class Recorder:
 def listening(calls: list[str]) -> Place:
     here = place()
     here.sink = CharonSink(
-        here.host, here.mobiles.move, here.mobiles.rename, listen=lambda context: Recorder(calls, here)
+        here.host,
+        here.mobiles.move,
+        here.mobiles.rename,
+        listen=lambda context, request: Recorder(calls, here, request),
     )
     return here
 
@@ -189,7 +224,27 @@ def test_it_is_forgotten_with_what_is_undone() -> None:
     with_recorders(work)
 
 
-def test_a_second_try_listens_anew() -> None:
+def test_a_request_that_brought_the_sa_is_delivered_with_it() -> None:
+    async def work(here: Place, context: IkeContext, calls: list[str]) -> None:
+        here.sink.shown(context, ())
+        assert calls == []
+        here.sink.shown(context, (b"a", b"b"))
+        await move(here, context)
+        assert calls == ["hears ab", "delivers"]
+
+    with_recorders(work)
+
+
+def test_a_request_that_brings_nothing_is_forgotten() -> None:
+    async def work(here: Place, context: IkeContext, calls: list[str]) -> None:
+        here.sink.shown(context, (b"a",))
+        await here.sink.undo(context)
+        assert calls == ["hears a", "closes"]
+
+    with_recorders(work)
+
+
+def test_a_second_try_goes_on_listening() -> None:
     async def work(here: Place, context: IkeContext, calls: list[str]) -> None:
         final = final_of(context)
         await here.sink.prepare(context, False)
@@ -197,14 +252,14 @@ def test_a_second_try_listens_anew() -> None:
         await here.sink.move_peer(context, final)
         report = await here.sink.move_peer(context, final)
         await here.sink.activate(context, final, report)
-        assert calls == ["hears", "closes", "hears", "delivers"]
+        assert calls == ["hears", "delivers"]
 
     with_recorders(work)
 
 
 def test_without_a_socket_the_mn_asks_again() -> None:
     async def work(here: Place, context: IkeContext, calls: list[str]) -> None:
-        def deaf(context: IkeContext) -> Recorder:
+        def deaf(context: IkeContext, request: tuple[bytes, ...]) -> Recorder:
             raise LinkError("no packet socket")
 
         here.sink = CharonSink(here.host, here.mobiles.move, here.mobiles.rename, listen=deaf)

@@ -398,23 +398,20 @@ ENDS = [
 
 @root
 @pytest.mark.parametrize("ends", ENDS, ids=str)
-def test_a_yes_gives_charon_the_request_again(ends: tuple[Endpoint, Endpoint]) -> None:
+def test_a_request_of_an_unknown_sa_is_asked_about_once(ends: tuple[Endpoint, Endpoint]) -> None:
     us, mn = ends
     neighbours = Neighbours(True)
-    with host(), udp(us) as charon, udp(mn) as node:
+    with host(), udp(us), udp(mn) as node:
         octets = add_marker(probe(), us, mn)
         run(neighbours, lambda: [node.sendto(octets, (str(us.address), us.port)) for _ in range(3)], asked=1)
         assert neighbours.asked == [((probe(),), us, mn)]
-        got = [charon.recvfrom(2000) for _ in range(4)]
-        assert {(data, source[:2]) for data, source in got} == {(octets, (str(mn.address), mn.port))}
-        charon.settimeout(0.05)
-        with pytest.raises(TimeoutError):
-            charon.recv(2000)
 
 
 @root
-@pytest.mark.parametrize("answer", [False, RefusedError("no"), ZeroDivisionError("a mistake")], ids=repr)
-def test_a_no_leaves_charon_alone(answer: bool | Exception) -> None:
+@pytest.mark.parametrize(
+    "answer", [True, False, RefusedError("no"), ZeroDivisionError("a mistake")], ids=repr
+)
+def test_no_answer_tells_charon_anything(answer: bool | Exception) -> None:
     neighbours = Neighbours(answer)
     us, mn = ENDS[0]
     with host(), udp(us) as charon, udp(mn) as node:
@@ -427,18 +424,17 @@ def test_a_no_leaves_charon_alone(answer: bool | Exception) -> None:
 
 
 @root
-def test_fragments_are_asked_about_and_given_again() -> None:
+def test_fragments_are_asked_about_together() -> None:
     us, mn = ENDS[0]
     neighbours = Neighbours(True)
     parts = [part(n, 3) for n in (1, 2, 3)]
-    with host(), udp(us) as charon, udp(mn) as node:
+    with host(), udp(us), udp(mn) as node:
         run(
             neighbours,
             lambda: [node.sendto(bytes(4) + p, (str(us.address), us.port)) for p in parts],
             asked=1,
         )
         assert neighbours.asked == [(tuple(parts), us, mn)]
-        assert [charon.recv(2000)[4:] for _ in range(6)] == parts * 2
 
 
 @root
@@ -502,16 +498,6 @@ def test_a_flood_is_not_read() -> None:
 
     with host(), udp(us), udp(mn) as node:
         run_standing(scenario)
-
-
-@root
-@pytest.mark.parametrize("ends", [(US, MN), (US6, MN6)], ids=str)
-def test_the_mns_address_need_not_be_ours_to_send_from(ends: tuple[Endpoint, Endpoint]) -> None:
-    us, mn = ends
-    with host(), udp(us) as charon:
-        watch.deliver(UnknownMessage(NAME, (probe(),), us, mn))
-        data, source = charon.recvfrom(2000)
-        assert (data, source[:2]) == (bytes(4) + probe(), (str(mn.address), mn.port))
 
 
 def test_close_without_start() -> None:

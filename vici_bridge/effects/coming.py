@@ -44,8 +44,9 @@ class Recorder(Protocol):
     def close(self) -> None: ...
 
 
-Listen = Callable[[IkeContext], Recorder]
-"""Begin to record messages of the mobile node of a context, as it is here. Errors: LinkError."""
+Listen = Callable[[IkeContext, tuple[bytes, ...]], Recorder]
+"""Begin to record messages of the mobile node of a context, as it is here, behind a request of its that came
+before (datagrams). Errors: LinkError."""
 
 
 @dataclass(slots=True)

@@ -390,14 +390,16 @@ class CharonSink(ContextSink):
         base = self._received(here)
         return await self._mover(here, final, lambda: self._received(here) > base)
 
-    def _hear(self, context: IkeContext, here: IkeContext) -> None:
-        before = self._memory.recorders.pop(context.spis, None)
-        if before is not None:
-            before.close()
-        if self._listen is None:
+    def shown(self, context: IkeContext, request: tuple[bytes, ...]) -> None:
+        """See `ContextSink.shown`."""
+        if request:
+            self._hear(context, self._here(context), request)
+
+    def _hear(self, context: IkeContext, here: IkeContext, request: tuple[bytes, ...] = ()) -> None:
+        if self._listen is None or context.spis in self._memory.recorders:
             return
         try:
-            self._memory.recorders[context.spis] = self._listen(here)
+            self._memory.recorders[context.spis] = self._listen(here, request)
         except (LinkError, KernelError) as error:
             log.info("%s: what it asks now waits for its next try: %s", here.remote_id, error)
 
