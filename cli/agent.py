@@ -102,7 +102,7 @@ def host_config(config: Config) -> HostConfig:
         ha_remote=config.charon.ha_remote,
         ha_port=config.charon.ha_port,
         vici=config.charon.vici,
-        segments=config.charon.segments,
+        segments=numbers.segments,
         kernel_esp=config.charon.esp == "kernel",
         updown={name: conn.updown for name, conn in config.connections.items() if conn.updown},
         host_access=frozenset(name for name, conn in config.connections.items() if conn.hostaccess),

@@ -58,8 +58,8 @@ class ControlConfig:
 class CharonConfig:
     """[charon]: the settings of strongswan.conf. The agent binds `ha_local`, which is charon's `ha.remote`.
 
-    `port`, `port_nat_t`, `ha_buflen` 0: what strongswan.conf says. `ha_users`: only these users, and the
-    agent's, may send to the HA addresses (nftables); empty: all.
+    `segments`, `port`, `port_nat_t`, `ha_buflen` 0: what strongswan.conf says. `ha_users`: only
+    these users, and the agent's, may send to the HA addresses (nftables); empty: all.
     New SPIs for SAs whose own are taken here come from `spi_min` to `spi_max`, as charon's do.
     """
 
@@ -67,7 +67,7 @@ class CharonConfig:
     ha_local: str = "127.0.0.2"
     ha_remote: str = "127.0.0.1"
     ha_port: int = 4510
-    segments: int = 1
+    segments: int = 0
     esp: str = "kernel"
     port: int = 0
     port_nat_t: int = 0
@@ -298,7 +298,7 @@ def charon(table: TomlTable) -> CharonConfig:
         ha_local=str(table.value("ha_local", an_address, ip_address(default.ha_local))),
         ha_remote=str(table.value("ha_remote", an_address, ip_address(default.ha_remote))),
         ha_port=table.value("ha_port", an_integer(1, 65535), default.ha_port),
-        segments=table.value("segments", an_integer(1, 16), default.segments),
+        segments=table.value("segments", an_integer(0, 16), default.segments),
         esp=table.value("esp", one_of("kernel", "libipsec"), default.esp),
         port=table.value("port", an_integer(0, 65535), default.port),
         port_nat_t=table.value("port_nat_t", an_integer(0, 65535), default.port_nat_t),

@@ -108,14 +108,15 @@ def number(settings: Mapping[str, Setting], key: str, default: int) -> int:
 
 
 def with_numbers(config: CharonConfig) -> CharonConfig:
-    """The same with the ports and the length of HA messages that charon really has, from its strongswan.conf
-    where they are not set."""
+    """The same with the ports, the length of HA messages and the number of HA segments that charon really
+    has, from its strongswan.conf where they are not set."""
     settings = of_charon(pid_behind(config.vici.removeprefix("unix://")), "strongswan.conf") or {}
     return replace(
         config,
         port=config.port or number(settings, "port", 500),
         port_nat_t=config.port_nat_t or number(settings, "port_nat_t", 4500),
         ha_buflen=config.ha_buflen or number(settings, "plugins.ha.buflen", 2048),
+        segments=config.segments or number(settings, "plugins.ha.segment_count", 1),
     )
 
 

@@ -589,7 +589,7 @@ class CharonHost:
 
     async def resync(self) -> None:
         """Make charon report its IKE_SAs again; it rekeys all CHILD_SAs of its segments, too."""
-        segments = range(1, self.config.segments + 1)
+        segments = range(1, max(self.config.segments, 1) + 1)
         await self.send([ha.resync(await self.version(), segments)])
 
     async def _due(self, sa: SaName) -> SaView | None:

@@ -18,8 +18,8 @@ class HostConfig:
     """The agent's settings for its own host.
 
     `ports`: charon's UDP ports (charon.port, charon.port_nat_t). `ha_buflen`: octets of the longest HA
-    message that charon reads. `segments`: the ha plugin's `segment_count`. `kernel_esp` False: charon uses
-    user-space ESP (kernel-libipsec), whose counters cannot be read.
+    message that charon reads. `segments`: the ha plugin's `segment_count`, 0: not known. `kernel_esp` False:
+    charon uses user-space ESP (kernel-libipsec), whose counters cannot be read.
     `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name. `host_access`:
     connections whose children have `hostaccess = yes`, for the updown script. `announced`:
     connections whose updown script leads packets for a mobile node to the gateway that serves it. `agents`:
@@ -40,7 +40,7 @@ class HostConfig:
     ha_remote: str = "127.0.0.1"
     ha_port: int = 4510
     vici: str = "unix:///run/charon.vici"
-    segments: int = 1
+    segments: int = 0
     kernel_esp: bool = True
     updown: Mapping[str, str] = field(default_factory=dict)
     forward_via: Mapping[str, Sequence[Address]] = field(default_factory=dict)

@@ -56,7 +56,7 @@ class Segments:
     """The segments of one charon. Errors of all methods: CharonError, WireError."""
 
     def __init__(self, side: Side, count: int) -> None:
-        """`count`: how many there are (`segment_count`)."""
+        """`count`: how many there are (`segment_count`); 0: that is not known."""
         self._side = side
         self._count = count
         self._toggle: asyncio.Future[None] | None = None

@@ -23,6 +23,8 @@ from .relay import relay
 from .world import World
 
 NET_ADMIN, NET_RAW = 12, 13
+SEGMENTS = 16
+"""The most that charon has; a move concerns all SAs of one of them."""
 
 
 def ha_snippet(world: World) -> str:
@@ -36,7 +38,7 @@ def ha_snippet(world: World) -> str:
         f"    remote = {charon.ha_local}\n"
         "    monitor = no\n"
         "    resync = no\n"
-        f"    segment_count = {charon.segments}\n"
+        f"    segment_count = {charon.segments or SEGMENTS}\n"
         "}\n"
         f"then {RESTART}"
     )
@@ -96,7 +98,8 @@ def _wrong_settings(world: World, settings: Mapping[str, Setting]) -> Iterator[O
         ("local", "", charon.ha_remote, "charon's own address, [charon] ha_remote"),
         ("remote", "", charon.ha_local, "the agent's address, [charon] ha_local"),
         ("monitor", "yes", "no", "charon would take over SAs by itself when the agent is silent"),
-        ("segment_count", "1", str(charon.segments), "[charon] segments"),
+        # where that is not set the agent takes what is there
+        *([("segment_count", "1", str(charon.segments), "[charon] segments")] if charon.segments else ()),
     ):
         found = _ha(settings, key, default)
         if _yes(found) if wanted == "no" else found != wanted:

@@ -100,7 +100,7 @@ def test_minimal() -> None:
     assert config.name == "psg"
     assert config.state_dir == Path("/var/lib/ikectx")
     assert config.control.socket == "/run/ikectx.vici"
-    assert config.charon.kernel_esp and config.charon.segments == 1
+    assert config.charon.kernel_esp and config.charon.segments == 0
     assert config.gateway.addresses == (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
     assert config.transfer.listen == (HostPort("192.0.2.1", 5091),)
     assert config.transfer.certificate == Path("/etc/ikectx/psg.pem")
@@ -211,7 +211,7 @@ def test_what_is_rekeyed_after_a_move(text: str, meant: str) -> None:
         ('"unix:///run/other-charon.vici"', '"tcp://1.2.3.4"', "charon.vici", "unix socket"),
         ('ha_local = "127.0.0.3"', 'ha_local = "127.0.0.4"', "charon.ha_local", "differ"),
         ('esp = "libipsec"', 'esp = "user"', "charon.esp", "'kernel' or 'libipsec'"),
-        ("segments = 2", "segments = 17", "charon.segments", "from 1 to 16"),
+        ("segments = 2", "segments = 17", "charon.segments", "from 0 to 16"),
         ('"10.9.0.0/16"', '"10.9.0.0/99"', "connections.home.virtual_ips", "must be a network"),
         ('"10.8.0.1-10.8.0.9"', '"10.8.0.9-10.8.0.1"', "connections.home.virtual_ips", "must be a network"),
         ('"203.0.113.0/28"', '"203.0.113.1/28"', "peer.connects_from", "without host bits"),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ikectx_cli.settings import LEFT_QUIETLY, Setting, give_up, left_quietly, within_patience
+from ikectx_cli.config import CharonConfig
+from ikectx_cli.settings import LEFT_QUIETLY, Setting, give_up, left_quietly, with_numbers, within_patience
 
 
 def settings(**values: str) -> dict[str, Setting]:
@@ -48,3 +49,16 @@ def test_a_mobile_node_is_asked_no_longer_than_charon_waits(
     )  # 1.4 s, and charon repeats last at 3.6; three would take 3.0
     file.write_text("charon {\n retransmit_tries = 0\n retransmit_timeout = 0.5\n}\n")
     assert within_patience(none, 5, 0.5) == (1, pytest.approx(0.4))
+
+
+def test_numbers_that_are_not_set_are_charons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = tmp_path / "strongswan.conf"
+    conf.write_text("charon { port = 700\n plugins { ha { segment_count = 16 } } }\n")
+    monkeypatch.setenv("STRONGSWAN_CONF", str(conf))
+    vici = f"unix://{tmp_path}/none.vici"
+    found = with_numbers(CharonConfig(vici=vici))
+    assert (found.port, found.port_nat_t, found.ha_buflen, found.segments) == (700, 4500, 2048, 16)
+    found = with_numbers(CharonConfig(vici=vici, port=500, segments=3))
+    assert (found.port, found.segments) == (500, 3)
+    conf.unlink()
+    assert with_numbers(CharonConfig(vici=vici)).segments == 1

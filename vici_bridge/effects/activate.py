@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 
 from ikectx import trace
 from ikectx.clock import steady_wall
@@ -33,6 +34,9 @@ from .take import converge, leads_here, open_way, script_up, will_lead
 
 log = logging.getLogger(__name__)
 
+MISSED = 0.5
+"""Seconds after which all segments are toggled: charon may have another number of them than the agent was
+told."""
 AT_ONCE = 3
 """Looks for an SA that was made active that follow each other without a pause."""
 
@@ -75,15 +79,17 @@ async def _toggle(work: Coming) -> None:
 
 @trace.spanned("charon activates")
 async def _established(host: CharonHost, here: IkeContext) -> SaView:
-    end, looks = asyncio.get_running_loop().time() + INSTALL_TIMEOUT, 0
+    loop, looks = asyncio.get_running_loop(), 0
+    end, missed = loop.time() + INSTALL_TIMEOUT, loop.time() + MISSED
     while True:
         view = await host.view(here.spis)
         if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
             return view
-        if asyncio.get_running_loop().time() > end:
-            raise CharonError(
-                "charon did not activate the SA", hint="is charon.segments the ha plugin's segment_count?"
-            )
+        if loop.time() > end:
+            raise CharonError("charon did not activate the SA")
+        if loop.time() > missed:
+            missed = math.inf
+            await host.segments.activate()
         # charon needs some 0.1 ms; asyncio has no pause between nothing and 1 ms
         await asyncio.sleep(0 if looks < AT_ONCE else min(0.001 * 1.5 ** (looks - AT_ONCE), 0.05))
         looks += 1

@@ -18,7 +18,10 @@ _ROUNDS = (14, 11, 25, 16, 4, 14, 24)
 
 
 def segment_of(peer: Address, count: int) -> int:
-    """The segment, from 1 to `count`, of an IKE_SA with a peer at this address."""
+    """The segment, from 1 to `count`, of an IKE_SA with a peer at this address; `ALL` if there is only one,
+    or if it is not known how many there are (0)."""
+    if count <= 1:
+        return ALL
     first = int(peer) if peer.version == 4 else 0
     words = [(first + _INIT) & _MASK, _INIT, _INIT]
     changed, by = 2, 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,6 @@ def test_ha_plugin_missing_or_deaf(world: Fake) -> None:
         ("monitor", "yes", "fail", "monitor is yes, not no"),
         ("local", "127.0.0.9", "fail", "local is 127.0.0.9, not 127.0.0.1"),
         ("remote", None, "fail", "remote is not set, not 127.0.0.2"),
-        ("segment_count", "4", "fail", "segment_count is 4, not 1"),
         ("resync", None, "warn", "resync is on"),
         ("secret", "hush", "fail", "secret is set"),
     ],
@@ -88,6 +88,15 @@ def test_ha_settings(world: Fake, key: str, value: str | None, level: str, found
         world.ha[key] = value
     finding = only(world, "ha settings", level, found)
     assert "hush" not in finding.found + finding.fix
+
+
+def test_segments_are_what_charon_has_unless_somebody_says_otherwise(world: Fake) -> None:
+    assert world.ha is not None
+    world.ha["segment_count"] = "4"
+    assert bad(world) == []
+    world.config = replace(world.config, charon=replace(world.config.charon, segments=16))
+    fix = only(world, "ha settings", "fail", "segment_count is 4, not 16").fix
+    assert "\n    segment_count = 16\n" in fix
 
 
 def test_ha_settings_unreadable(world: Fake) -> None:

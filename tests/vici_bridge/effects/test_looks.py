@@ -11,11 +11,13 @@ import pytest
 
 from ikectx.numbers import Status
 from ikectx.sa.name import SaName
+from tests import hand_loop
 from tests.across.test_go_on import served
 from tests.gateway_world import Place
 from tests.vici_bridge.effects.test_sink import a_context, final_of, move, place, rival, run
 from vici_bridge import host as host_module
-from vici_bridge.ha.messages import HaMessage, HaType
+from vici_bridge.ha.messages import Attr, HaMessage, HaType
+from vici_bridge.ha.segment import ALL, segment_of
 from vici_bridge.policy.present import Present
 from vici_bridge.vici.codec import Message
 from vici_bridge.vici.views import SaView
@@ -198,6 +200,33 @@ def test_an_sa_that_is_active_already_has_nothing_toggled() -> None:
         assert sent.count(HaType.SEGMENT_TAKE) == 2
 
     run(scenario())
+
+
+@pytest.mark.parametrize(("told", "has"), [(16, 16), (1, 16), (16, 1)])
+def test_an_sa_becomes_active_whatever_number_of_segments_the_agent_was_told(told: int, has: int) -> None:
+    """charon ignores segments that it does not have (`ha_segments.c`)."""
+
+    async def scenario() -> None:
+        here, first = place(segments=told), a_context(1)
+        here.mobiles.add(first)
+        sent: list[int] = []
+        hear = here.charon.hear
+
+        def heard(message: HaMessage) -> None:
+            if message.type in (HaType.SEGMENT_TAKE, HaType.SEGMENT_DROP):
+                segment = message.need(Attr.SEGMENT, int)
+                sent.append(segment)
+                if segment not in (ALL, segment_of(first.remote.address, has) or 1):
+                    return
+            hear(message)
+
+        here.charon.hear = heard  # type: ignore[method-assign]
+        await move(here, first)
+        here.sound()
+        assert [view.state for view in here.charon.views()] == ["ESTABLISHED"]
+        assert sent == {(16, 16): [5, 5], (1, 16): [ALL, ALL], (16, 1): [5, 5, ALL, ALL]}[told, has]
+
+    hand_loop.run(scenario())
 
 
 def test_an_sa_that_came_between_a_check_and_its_prepare_is_seen() -> None:

@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from vici_bridge.ha.segment import segment_of
+from vici_bridge.ha.segment import ALL, segment_of
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_it_is_what_ha_kernel_c_says(peer: str, of_16: int, of_3: int) -> None:
     """From that file's functions (5.9.8 to 6.0.6), compiled by themselves."""
     assert segment_of(ip_address(peer), 16) == of_16
     assert segment_of(ip_address(peer), 3) == of_3
-    assert segment_of(ip_address(peer), 1) == 1
+    assert segment_of(ip_address(peer), 1) == segment_of(ip_address(peer), 0) == ALL
 
 
 def test_each_segment_has_its_share() -> None:
