@@ -310,12 +310,10 @@ TABLE_A: Table = MappingProxyType(
 TABLES: Mapping[int, Table] = MappingProxyType({3: TABLE_A, 4: TABLE_B, 5: TABLE_B})
 """Wire version to attribute table; other versions are refused."""
 
-_NUMBERS: Mapping[int, Mapping[Attr, tuple[bytes, Body]]] = MappingProxyType(
-    {
-        version: MappingProxyType({attr: (number.to_bytes(), body) for number, (attr, body) in table.items()})
-        for version, table in TABLES.items()
-    }
-)
+_NUMBERS: Mapping[int, Mapping[Attr, tuple[bytes, type[Value], Callable[[Any, str], bytes]]]] = {
+    version: {attr: (number.to_bytes(), body.kind, body.write) for number, (attr, body) in table.items()}
+    for version, table in TABLES.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,17 +323,6 @@ class HaMessage:
     version: int
     type: HaType
     attributes: tuple[tuple[Attr, Value], ...] = ()
-
-    def __post_init__(self) -> None:
-        numbers = _NUMBERS.get(self.version)
-        if numbers is None:
-            raise ValueError(f"HA wire version {self.version} is not known")
-        for attr, value in self.attributes:
-            known = numbers.get(attr)
-            if known is None:
-                raise ValueError(f"{attr.name} is not in HA wire version {self.version}")
-            if not isinstance(value, known[1].kind):
-                raise ValueError(f"{attr.name} cannot be a {type(value).__name__}")
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
@@ -355,12 +342,20 @@ class HaMessage:
         return cls(version, kind, tuple(attributes))
 
     def serialize(self, limit: int = BUFLEN) -> bytes:
-        """The datagram; WireError if a value does not fit its field or the whole is over `limit` octets."""
-        numbers = _NUMBERS[self.version]
-        parts = [_u8(self.version, "version"), _u8(self.type, "type")]
+        """The datagram. Errors: WireError if a value does not fit its field or the whole is over `limit`
+        octets; ValueError for attributes that this wire version does not have, or of another type."""
+        numbers = _NUMBERS.get(self.version)
+        if numbers is None:
+            raise ValueError(f"HA wire version {self.version} is not known")
+        parts = [bytes((self.version, self.type))]
         for attr, value in self.attributes:
-            number, body = numbers[attr]
-            parts += number, body.write(value, attr._name_)  # `name` is a function of Enum's
+            known = numbers.get(attr)
+            if known is None:
+                raise ValueError(f"{attr.name} is not in HA wire version {self.version}")
+            number, kind, write = known
+            if not isinstance(value, kind):
+                raise ValueError(f"{attr.name} cannot be a {type(value).__name__}")
+            parts += number, write(value, attr._name_)  # `name` is a function of Enum's
         octets = b"".join(parts)
         if len(octets) > limit:
             raise WireError(f"HA message of {len(octets)} octets, charon reads at most {limit}")
