@@ -9,6 +9,7 @@ import ctypes
 import socket
 import struct
 from collections.abc import Sequence
+from itertools import chain
 
 _SO_ATTACH_FILTER = 26
 
@@ -44,7 +45,7 @@ def assemble(lines: Sequence[Line]) -> list[Instruction]:
 
 def attach(raw: socket.socket, program: list[Instruction]) -> None:
     """Let only packets that pass `program` into the socket. Errors: OSError."""
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    code = struct.pack("=" + "HBBI" * len(program), *chain.from_iterable(program))
     buffer = ctypes.create_string_buffer(code, len(code))
     fprog = struct.pack("@HP", len(program), ctypes.addressof(buffer))
     raw.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)

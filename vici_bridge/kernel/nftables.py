@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ikectx import trace
 from ikectx.errors import KernelError
@@ -209,7 +210,9 @@ def run_nft(script: str) -> None:
 # Messages.
 
 
+@lru_cache(maxsize=64)
 def _text(number: int, text: str) -> bytes:
+    """The name of a table, a chain or a set; there are few."""
     return attribute(number, text.encode() + b"\0")
 
 
@@ -219,11 +222,13 @@ def _message(number: int, flags: int, body: bytes, *, batch_mark: bool = False) 
     return HEADER.pack(20 + len(body), kind, flags, 0, 0) + bytes((family, 0)) + resource.to_bytes(2) + body
 
 
+_BEGIN = _message(_BATCH_BEGIN, REQUEST, b"", batch_mark=True)
+_END = _message(_BATCH_END, REQUEST, b"", batch_mark=True)
+
+
 def _batch(message: bytes) -> bytes:
-    """A transaction with one change."""
-    begin = _message(_BATCH_BEGIN, REQUEST, b"", batch_mark=True)
-    end = _message(_BATCH_END, REQUEST, b"", batch_mark=True)
-    return begin + message + end
+    """A transaction with these changes."""
+    return _BEGIN + message + _END
 
 
 def _list_of(key: bytes, value: bytes = b"") -> bytes:
