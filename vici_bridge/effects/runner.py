@@ -162,7 +162,7 @@ class Runner(Generic[W]):
         owes = False  # whether the row must be written before another effect begins
         with self._crowd:
             for effect in step.effects:
-                if effect.name not in self._ledger.of(work.sa).done and effect.when(work):
+                if effect.name not in row.done and effect.when(work):
                     if owes and not effect.once:
                         await self._put(self._ledger.of(work.sa))
                     owes = await self._do(effect, work)
