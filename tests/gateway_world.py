@@ -602,7 +602,7 @@ class Place:
         self.host.follow = Follow(self.host.away, self.host.origins, self.host.record, self.host.importing)
         self.host.vici = self.charon  # type: ignore[assignment]
         self.host.mute = self.mute  # type: ignore[assignment]
-        self.host._ha = Socket(self.charon)  # type: ignore[assignment]
+        self.host.ha_link = Socket(self.charon)  # type: ignore[assignment]
 
         async def views() -> list[SaView]:
             return self.charon.views()

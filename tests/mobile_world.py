@@ -486,7 +486,7 @@ class Node:
         self.host.vici = self.charon  # type: ignore[assignment]
         self.host.listing = listing_of(lambda: self.charon.list_sas())
         self.socket = Socket(self.charon, self._step)
-        self.host._ha = self.socket  # type: ignore[assignment]
+        self.host.ha_link = self.socket  # type: ignore[assignment]
         self.host.record.load(self.store.items("record"))
         self.mobile = CharonMobile(self.host)
         self.fuse = Fuse(at)

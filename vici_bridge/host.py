@@ -151,7 +151,7 @@ class CharonHost:
         self.on_change: Callable[[RecordChange | None], None] | None = None
         """Called when the record has changed; None: charon has come, and it may have SAs that it had
         before."""
-        self._ha = HaSocket(config.ha_local, config.ha_remote, self._hear, config.ha_port)
+        self.ha_link = HaSocket(config.ha_local, config.ha_remote, self._hear, config.ha_port)
         self.ha_version = HaVersion()
         self._saving: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -180,7 +180,7 @@ class CharonHost:
             self._events.append(changes_of_ways(self.detour.port, self.away.look_again))
             if self.kernel is not None:
                 self._events.append(flushes_of_policies(self._flushed))
-        await self._ha.open()
+        await self.ha_link.open()
         try:
             if not self.config.mobile_node:
                 await asyncio.to_thread(self.mute.prepare)
@@ -214,7 +214,7 @@ class CharonHost:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._ha.close()
+        self.ha_link.close()
         self.reloads.close()
         for events in self._events:
             events.close()
@@ -344,14 +344,14 @@ class CharonHost:
     async def _reconcile(self) -> None:
         """After charon came (back): forget SAs that it no longer has."""
         await self._ask_version()
-        self._ha.hear()
+        self.ha_link.hear()
         mark = self.record.mark()
         views = await self.known.list_all()
         listed = {view.spis for view in views}
         gone = self.record.retain(listed, mark)
         self.save()
         await asyncio.sleep(0.001)
-        self._ha.hear()  # SAs that came up just now have been reported by now
+        self.ha_link.hear()  # SAs that came up just now have been reported by now
         self.doubts.keep(listed)
         if not self.config.mobile_node:
             await self.orphans.sweep(listed)
@@ -383,7 +383,7 @@ class CharonHost:
         If those cannot be known, charon's HA messages are the only source. Errors: UnknownSaError if some of
         them may be missing.
         """
-        self._ha.hear()
+        self.ha_link.hear()
         if sa not in self.record:
             return
         self.doubts.check(sa)
@@ -411,19 +411,19 @@ class CharonHost:
 
     async def send(self, messages: Iterable[ha.HaMessage]) -> None:
         """Orders to charon, in order, paced. Errors: CharonError."""
-        await self._ha.send([message.serialize(self.config.ha_buflen) for message in messages])
+        await self.ha_link.send([message.serialize(self.config.ha_buflen) for message in messages])
 
     async def carried_out(self) -> None:
         """Wait until charon has carried out all orders but the last one. Errors: CharonError."""
-        await self._ha.read()
+        await self.ha_link.read()
 
     def hear(self) -> int:
         """Take what charon has reported by now. Returns how many of its reports were lost."""
-        return self._ha.hear()
+        return self.ha_link.hear()
 
     def listening(self) -> bool:
         """Whether charon's end of the HA link exists."""
-        return self._ha.listening()
+        return self.ha_link.listening()
 
     def context(self, sa: SaName) -> IkeContext:
         """The record's context, or that of an SA charon is destroying. Errors: as `Record.context`."""

@@ -18,6 +18,8 @@ from ikectx.sa.context import Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
 from ikectx.sa.verdict import Verdict
+from vici_bridge.ha.chain import import_messages
+from vici_bridge.ha.messages import LONGEST
 from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import Plan, Taken
 from vici_bridge.vici.views import SaView
@@ -57,7 +59,8 @@ class Memory:
     waits for (CTAA). seen: SAs that charon had when they were taken. givers: the gateway that gives an SA.
     relayed: the gateway at whose address the mobile node of an SA stays. places: contexts of SAs that are
     being checked or taken in, each with the same at this gateway's address.
-    judged: what they were judged by, and the reasons against them.
+    judged: what they were judged by, and the reasons against them. imports: those in charon, charon's HA wire
+    version, and the messages by which it takes them in.
     """
 
     recorders: dict[SaName, Recorder] = field(default_factory=dict)
@@ -67,6 +70,7 @@ class Memory:
     relayed: dict[SaName, str] = field(default_factory=dict)
     places: dict[SaName, tuple[IkeContext, IkeContext]] = field(default_factory=dict)
     judged: dict[SaName, tuple[object, list[Verdict]]] = field(default_factory=dict)
+    imports: dict[SaName, tuple[IkeContext, int, list[bytes]]] = field(default_factory=dict, repr=False)
 
     def relocated(self, context: IkeContext, local: Endpoint) -> IkeContext:
         """The context at that address. Each step of an SA asks for it, with the same object."""
@@ -75,6 +79,16 @@ class Memory:
             known = context, relocate(context, local=local)
             keep(self.places, context.spis, known)
         return known[1]
+
+    def messages(self, sa: SaName, shape: IkeContext, version: int) -> list[bytes]:
+        """The messages by which charon takes that SA in. They are checked, and sent some milliseconds later,
+        for the same object. Errors: CharonError for one that the ha plugin cannot move."""
+        known = self.imports.get(sa)
+        if known is None or known[0] is not shape or known[1] != version:
+            octets = [message.serialize(LONGEST) for message in import_messages(shape, version)]
+            known = shape, version, octets
+            keep(self.imports, sa, known)
+        return known[2]
 
     def forget(self, sa: SaName) -> None:
         """The SA has been taken in, or will not come."""
@@ -91,6 +105,7 @@ class Memory:
         """Keep no context of the SA, because it has keys."""
         self.places.pop(sa, None)
         self.judged.pop(sa, None)
+        self.imports.pop(sa, None)
 
 
 def keep(known: dict[SaName, _T], sa: SaName, what: _T) -> None:

@@ -173,11 +173,13 @@ def objections(
     here: IkeContext,
     seen: Seen,
     config: HostConfig,
+    messages: Sequence[bytes],
     *,
     keep_address: bool,
     relayed_by: str = "",
 ) -> list[Verdict]:
-    """All reasons against an SA whatever other SAs are here. `here`: the SA as it would be here.
+    """All reasons against an SA whatever other SAs are here. `here`: the SA as it would be here. `messages`:
+    those by which charon would take it in.
 
     `relayed_by`: the gateway at whose address the mobile node stays.
     """
@@ -187,7 +189,7 @@ def objections(
     elif here.local.port != context.local.port and here.remote == context.remote:
         why = f"charon here has other UDP ports than that of {relayed_by}, which would relay it"
         verdicts.append(Verdict(Fpt.IKEV2_SA, Status.NOT_COVERED, why))
-    verdicts += check_sizes(here, seen.version, config.ha_buflen)
+    verdicts += check_sizes(messages, config.ha_buflen)
     if not seen.listening:
         verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
     verdicts += check_names(here, seen.connections)

@@ -23,7 +23,6 @@ from ikectx.errors import CharonError, KernelError, RefusedError
 from ikectx.numbers import STATUS_TEXT
 from ikectx.sa.context import NO_TAGS, IkeContext
 from ikectx.sa.verdict import Verdict
-from vici_bridge.ha.chain import import_messages
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.xfrm import KernelPolicy
 from vici_bridge.policy.checks import check_installed, check_selectors
@@ -91,11 +90,11 @@ async def _hush(work: Coming) -> None:
 async def _import(work: Coming) -> Facts:
     host, shape = work.host, work.shape
     assert work.look is not None
-    messages = import_messages(shape, work.look.version)
+    messages = work.memory.messages(work.sa, shape, work.look.version)
     if work.plan is not None:
         work.renames.ready(work.here, work.plan)
     work.early.give_way(work.sa)
-    await host.send(messages)
+    await host.ha_link.send(messages)  # their length was checked
     others = work.look.present.rivals(work.here)
     try:
         view = await _installed(host, shape)

@@ -37,6 +37,7 @@ from ikectx.sa.context import Address, Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
 from ikectx.wire.cxtp import ContextDataBlock
+from vici_bridge.ha.record import uncovered
 from vici_bridge.host import ESP as ESP_PROTOCOL
 from vici_bridge.host import CharonHost, Mover, Settler
 from vici_bridge.kernel.xfrm import KernelPolicy
@@ -206,8 +207,13 @@ class CharonSink(ContextSink):
         case = context, here, told, keep_address, relayed_by
         known = self._memory.judged.pop(context.spis, None)
         if known is None or known[0] != case:
-            config = self._host.config
-            found = objections(context, here, seen, config, keep_address=keep_address, relayed_by=relayed_by)
+            covered = uncovered(here, seen.version) is Status.OK
+            messages = self._memory.messages(context.spis, here, seen.version) if covered else ()
+            found = objections(
+                *(context, here, seen, self._host.config, messages),
+                keep_address=keep_address,
+                relayed_by=relayed_by,
+            )
             known = case, found
         keep(self._memory.judged, context.spis, known)
         return list(known[1])

@@ -6,15 +6,14 @@ clean-up of a CHILD_ADD whose SPI is taken deletes the kernel SA that was there 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import NO_TAGS, Address, FinalState, IkeContext, Mark, Tags
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from vici_bridge.ha.chain import import_messages
-from vici_bridge.ha.messages import LONGEST, HaType
+from vici_bridge.ha.messages import HaType
 from vici_bridge.ha.record import uncovered
 from vici_bridge.vici.answers import View
 from vici_bridge.vici.views import (
@@ -41,20 +40,16 @@ def check_covered(context: IkeContext, version: int) -> Iterator[Verdict]:
         yield Verdict(Fpt.IKEV2_SA, reason, STATUS_TEXT[reason])
 
 
-def check_sizes(context: IkeContext, version: int, buflen: int) -> Iterator[Verdict]:
+def check_sizes(messages: Sequence[bytes], buflen: int) -> Iterator[Verdict]:
     """HA messages for charon here that it would drop unread, because they are longer than its buffer."""
-    if uncovered(context, version):
-        return
-    messages = import_messages(context, version)
-    size, place = max((len(one.serialize(LONGEST)), place) for place, one in enumerate(messages))
-    if size > buflen:
-        longest = messages[place]
-        name = longest.type.name
+    longest = max(messages, key=len, default=b"")
+    if len(longest) > buflen:
+        kind = HaType(longest[1])
         yield Verdict(
-            Fpt.SPD if longest.type is HaType.CHILD_ADD else Fpt.IKEV2_SA,
+            Fpt.SPD if kind is HaType.CHILD_ADD else Fpt.IKEV2_SA,
             Status.TOO_MUCH,
-            f"charon's HA message {name} would have {size} octets, and charon here reads {buflen} "
-            "(charon.plugins.ha.buflen)",
+            f"charon's HA message {kind.name} would have {len(longest)} octets, and charon here reads "
+            f"{buflen} (charon.plugins.ha.buflen)",
         )
 
 

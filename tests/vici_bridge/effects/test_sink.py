@@ -26,7 +26,6 @@ from tests.worlds import until
 from vici_bridge.effects import prepare as prepare_module
 from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import sink as sink_module
-from vici_bridge.ha.messages import HaMessage
 from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.vici.views import EXT_MOBIKE
 
@@ -477,9 +476,9 @@ def test_sas_come_in_at_once_unless_they_share_a_name() -> None:
         twin = rival(contexts[0], "inbound")
         began: list[str] = []
         both = asyncio.Event()
-        send = here.host.send
+        send = here.host.ha_link.send
 
-        async def sent(messages: Iterable[HaMessage]) -> None:
+        async def sent(messages: Iterable[bytes]) -> None:
             began.append("begins")
             if len(began) == 2:
                 both.set()
@@ -487,7 +486,7 @@ def test_sas_come_in_at_once_unless_they_share_a_name() -> None:
             await send(messages)
             began.append("ends")
 
-        here.host.send = sent  # type: ignore[method-assign]
+        here.host.ha_link.send = sent  # type: ignore[method-assign]
         await asyncio.gather(*(here.sink.prepare(one, False) for one in (*contexts, twin)))
         assert began == ["begins", "begins", "ends", "ends", "begins", "ends"]
         assert len(here.charon.sas) == 3

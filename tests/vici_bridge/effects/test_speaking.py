@@ -57,7 +57,7 @@ def test_an_sa_that_was_active_before_is_unmuted_with_its_message_ids() -> None:
         for one in (first, second):
             here.mobiles.add(one)
             await here.sink.prepare(one, False)
-        here.host._ha = LateSocket(here)  # type: ignore[assignment]
+        here.host.ha_link = LateSocket(here)  # type: ignore[assignment]
         here.mute.unmute = noted  # type: ignore[method-assign]
         for one in (first, second):  # the first's toggle activates both
             final = final_of(one)

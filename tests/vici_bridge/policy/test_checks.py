@@ -21,6 +21,8 @@ from ikectx.sa.context import (
 )
 from ikectx.sa.relocate import relocate
 from tests.vici_bridge.vici.test_views import VIEW, context, selector
+from vici_bridge.ha.chain import import_messages
+from vici_bridge.ha.messages import LONGEST
 from vici_bridge.policy.checks import (
     check_address,
     check_covered,
@@ -253,7 +255,8 @@ def test_b31_a_selector_that_ends_before_it_begins_is_no_mistake_of_ours() -> No
 def test_messages_that_charon_here_would_not_read_are_known_beforehand() -> None:
     nets = tuple(selector(f"172.20.{number}.1") for number in range(146))
     wide = replace(context(), children=(replace(context().children[0], local_ts=nets),))
-    assert statuses(check_sizes(context(), 3, 2048)) == []
-    (found,) = check_sizes(wide, 3, 2048)
+    few, many = ([one.serialize(LONGEST) for one in import_messages(each, 3)] for each in (context(), wide))
+    assert statuses(check_sizes(few, 2048)) == []
+    (found,) = check_sizes(many, 2048)
     assert found.status is Status.TOO_MUCH and "CHILD_ADD would have 24" in found.detail
-    assert statuses(check_sizes(wide, 3, 4096)) == []
+    assert statuses(check_sizes(many, 4096)) == []
