@@ -232,19 +232,7 @@ class Charon:
         """
         if names is not None and len(names) <= FEW:
             return await self._connections_of(names)
-        octets = tuple(await self._items("list-conns", "list-conn", [None], bytes))
-        known = self._known.get("connections")
-        if known is None or known[0] != octets:
-            trees = [parse_message(each, foreign=True) for each in octets]
-            found = {
-                name: {**section, "name": name}
-                for tree in trees
-                for name, section in tree.items()
-                if isinstance(section, dict)
-            }
-            known = self._known["connections"] = (octets, found)
-        result: Mapping[str, Message] = known[1]
-        return result
+        return self._read("connections", await self._items("list-conns", "list-conn", [None], bytes))
 
     async def connection(self, name: str) -> Message | None:
         """One loaded connection, in the same form; None: there is none of that name. It is asked for once for
@@ -257,18 +245,24 @@ class Charon:
 
     async def _connections_of(self, names: Collection[str]) -> Mapping[str, Message]:
         """Those of these names that are loaded, each asked for alone."""
-
-        def read(octets: bytes) -> Message:
-            return parse_message(octets, foreign=True)
-
         asked = [{"ike": name} for name in names]
-        trees = await self._items("list-conns", "list-conn", asked, read) if asked else []
-        return {
-            name: {**section, "name": name}
-            for tree in trees
-            for name, section in tree.items()
-            if name in names and isinstance(section, dict)
-        }
+        told = await self._items("list-conns", "list-conn", asked, bytes) if asked else []
+        return self._read("some connections", told)
+
+    def _read(self, which: str, told: Sequence[bytes]) -> Mapping[str, Message]:
+        """The connections in these messages. One answer is kept of each kind (`which`)."""
+        octets = tuple(told)
+        known = self._known.get(which)
+        if known is None or known[0] != octets:
+            found = {
+                name: {**section, "name": name}
+                for tree in (parse_message(each, foreign=True) for each in octets)
+                for name, section in tree.items()
+                if isinstance(section, dict)
+            }
+            known = self._known[which] = (octets, found)
+        result: Mapping[str, Message] = known[1]
+        return result
 
     async def pools(self) -> Mapping[str, Message]:
         """Virtual IP pools by name, without their leases."""

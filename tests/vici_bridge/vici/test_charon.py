@@ -95,6 +95,7 @@ def test_an_answer_with_the_same_octets_is_not_parsed_again(telling: tuple[Telli
         pools, connections = await charon.pools(), await charon.connections()
         assert connections == {"home": {"name": "home"}}
         assert await charon.pools() is pools and await charon.connections() is connections
+        assert await charon.connections(["home"]) is await charon.connections(["home"])
         answers.pool = {"mobile": {"size": "8"}}
         assert (await charon.pools())["mobile"]["size"] == "8"
         assert (await charon.leases("mobile"))["mobile"]["leases"] == {"0": {"address": "10.3.0.1"}}
