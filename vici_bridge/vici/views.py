@@ -104,9 +104,17 @@ class SaView:
         return SaName(self.spi_i, self.spi_r)
 
 
+Texts = Mapping[str, str]
+"""The values of a section that are no lists or sections."""
+
+
 def _text(view: View, key: str) -> str:
     value = view.get(key, "")
     return value if type(value) is str else ""
+
+
+def _texts(view: View) -> Texts:
+    return {key: value for key, value in view.items() if type(value) is str}
 
 
 def _list(view: View, key: str) -> tuple[str, ...]:
@@ -118,43 +126,43 @@ def _list(view: View, key: str) -> tuple[str, ...]:
     return tuple(map(str, value))
 
 
-def _seconds(view: View, key: str) -> int | None:
-    text = _text(view, key)
+def _seconds(texts: Texts, key: str) -> int | None:
+    text = texts.get(key, "")
     try:
         return int(text) if text else None
     except ValueError:
         raise WireError(f"charon's {key} is not a number: {text[:40]!r}") from None
 
 
-def _hex(view: View, key: str, default: int = 0) -> int:
-    text = _text(view, key)
+def _hex(texts: Texts, key: str, default: int = 0) -> int:
+    text = texts.get(key, "")
     try:
         return int(text, 16) if text else default
     except ValueError:
         raise WireError(f"charon's {key} is not hexadecimal: {text[:40]!r}") from None
 
 
-def _mark(view: View, way: str) -> Mark:
+def _mark(texts: Texts, way: str) -> Mark:
     """charon leaves out a mark of zero, and a mask of all ones."""
-    if not _text(view, f"mark-{way}"):
+    if not texts.get(f"mark-{way}"):
         return 0, 0
-    return _hex(view, f"mark-{way}"), _hex(view, f"mark-mask-{way}", 0xFFFFFFFF)
+    return _hex(texts, f"mark-{way}"), _hex(texts, f"mark-mask-{way}", 0xFFFFFFFF)
 
 
-def _tags(view: View) -> Tags:
-    if "mark-in" in view or "mark-out" in view or "if-id-in" in view or "if-id-out" in view:
+def _tags(texts: Texts) -> Tags:
+    if "mark-in" in texts or "mark-out" in texts or "if-id-in" in texts or "if-id-out" in texts:
         try:
             return Tags(
-                _mark(view, "in"), _mark(view, "out"), _hex(view, "if-id-in"), _hex(view, "if-id-out")
+                _mark(texts, "in"), _mark(texts, "out"), _hex(texts, "if-id-in"), _hex(texts, "if-id-out")
             )
         except ValueError as error:
             raise WireError(f"charon's marks or if_ids: {error}") from None
     return NO_TAGS
 
 
-def _octets(view: View, key: str, size: int) -> bytes:
+def _octets(texts: Texts, key: str, size: int) -> bytes:
     """A hexadecimal SPI; charon writes leading zeros, but a missing SPI is all zero."""
-    text = _text(view, key)
+    text = texts.get(key, "")
     try:
         raw = bytes.fromhex(text.rjust(2 * size, "0"))
     except ValueError:
@@ -177,34 +185,35 @@ def _addresses(items: Iterable[str]) -> tuple[Address, ...]:
         raise WireError(f"charon names an address that is none: {error}") from None
 
 
-def _endpoint(view: View, side: str) -> Endpoint:
-    host = _text(view, f"{side}-host")
+def _endpoint(texts: Texts, side: str) -> Endpoint:
+    host = texts.get(f"{side}-host", "")
     # an SA that is just being set up, or taken in, has no addresses yet
     host = _ANY.get(host) or host.split("%", 1)[0]
     try:
-        return Endpoint(_address(host), int(_text(view, f"{side}-port") or 500))
+        return Endpoint(_address(host), int(texts.get(f"{side}-port") or 500))
     except ValueError as error:
         raise WireError(f"charon's {side}-host or {side}-port is wrong: {error}") from None
 
 
 def child_view(view: View) -> ChildView:
     """One entry of `child-sas`. Errors: WireError."""
+    texts = _texts(view)
     return ChildView(
-        name=_text(view, "name"),
-        unique_id=_seconds(view, "uniqueid") or 0,
-        reqid=_seconds(view, "reqid") or 0,
-        state=_text(view, "state"),
-        spi_in=_octets(view, "spi-in", 4),
-        spi_out=_octets(view, "spi-out", 4),
-        encap=_text(view, "encap") == "yes",
-        rekey=_seconds(view, "rekey-time"),
-        life=_seconds(view, "life-time"),
+        name=texts.get("name", ""),
+        unique_id=_seconds(texts, "uniqueid") or 0,
+        reqid=_seconds(texts, "reqid") or 0,
+        state=texts.get("state", ""),
+        spi_in=_octets(texts, "spi-in", 4),
+        spi_out=_octets(texts, "spi-out", 4),
+        encap=texts.get("encap") == "yes",
+        rekey=_seconds(texts, "rekey-time"),
+        life=_seconds(texts, "life-time"),
         remote_ts=_list(view, "remote-ts"),
         local_ts=_list(view, "local-ts"),
-        protocol=_text(view, "protocol") or "ESP",
-        per_cpu=_text(view, "per-cpu-sas") == "yes" or bool(_text(view, "cpu")),
-        tags=_tags(view),
-        key_exchange=bool(_text(view, "dh-group")),
+        protocol=texts.get("protocol") or "ESP",
+        per_cpu=texts.get("per-cpu-sas") == "yes" or bool(texts.get("cpu")),
+        tags=_tags(texts),
+        key_exchange=bool(texts.get("dh-group")),
     )
 
 
@@ -213,30 +222,31 @@ _ALGORITHMS = ("encr-alg", "encr-keysize", "integ-alg", "prf-alg", "dh-group")
 
 def sa_view(name: str, view: View) -> SaView:
     """One IKE_SA of `list-sas`. Errors: WireError."""
+    texts = _texts(view)
     children = sections(view, "child-sas")
     tasks = (*_list(view, "tasks-active"), *_list(view, "tasks-queued"), *_list(view, "tasks-passive"))
-    algorithms = tuple(filter(None, (_text(view, key) for key in _ALGORITHMS)))
+    algorithms = tuple(filter(None, (texts.get(key) for key in _ALGORITHMS)))
     return SaView(
         name=name,
-        unique_id=_seconds(view, "uniqueid") or 0,
-        state=_text(view, "state"),
-        spi_i=_octets(view, "initiator-spi", 8),
-        spi_r=_octets(view, "responder-spi", 8),
-        initiator=_text(view, "initiator") == "yes",
-        local=_endpoint(view, "local"),
-        remote=_endpoint(view, "remote"),
-        local_id=_text(view, "local-id"),
-        remote_id=_text(view, "remote-id"),
-        remote_eap_id=_text(view, "remote-eap-id"),
+        unique_id=_seconds(texts, "uniqueid") or 0,
+        state=texts.get("state", ""),
+        spi_i=_octets(texts, "initiator-spi", 8),
+        spi_r=_octets(texts, "responder-spi", 8),
+        initiator=texts.get("initiator") == "yes",
+        local=_endpoint(texts, "local"),
+        remote=_endpoint(texts, "remote"),
+        local_id=texts.get("local-id", ""),
+        remote_id=texts.get("remote-id", ""),
+        remote_eap_id=texts.get("remote-eap-id", ""),
         local_vips=_addresses(_list(view, "local-vips")),
         remote_vips=_addresses(_list(view, "remote-vips")),
-        rekey=_seconds(view, "rekey-time"),
-        reauth=_seconds(view, "reauth-time"),
-        established=_seconds(view, "established"),
+        rekey=_seconds(texts, "rekey-time"),
+        reauth=_seconds(texts, "reauth-time"),
+        established=_seconds(texts, "established"),
         tasks=tasks,
         children=tuple(child_view(child) for child in children.values()),
         algorithms=algorithms,
-        ppk=_text(view, "ppk") == "yes",
+        ppk=texts.get("ppk") == "yes",
     )
 
 
