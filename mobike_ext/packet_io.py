@@ -19,6 +19,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
@@ -231,6 +232,7 @@ def udp_datagram(local: Endpoint, remote: Endpoint, payload: bytes) -> bytes:
     return header + checksum.to_bytes(2) + payload
 
 
+@lru_cache(maxsize=16)
 def bpf_program(
     local: Endpoint, remote: Endpoint | None, spis: tuple[bytes, bytes], *, below: bool = False
 ) -> list[bpf.Instruction]:
@@ -238,6 +240,7 @@ def bpf_program(
 
     An IPv4 raw socket sees packets from the IP header on, so offsets are relative to X, that header's length;
     an IPv6 one sees them from the UDP header on. A packet socket (`below`) sees IP packets of all protocols.
+    Kept, because an SA that comes has two sockets with the same filter.
     """
     four = local.address.version == 4
     word, half = (bpf.LD_X, bpf.LDH_X) if four else (bpf.LD, bpf.LDH)
