@@ -62,14 +62,14 @@ def count(here: Place) -> Counter[str]:
     asked: Counter[str] = Counter()
     tally(here.sad, "kernel", asked)
     tally(here.store, "store", asked)
-    send = here.host._ha.send
+    send = here.host.ha_link.send
 
     async def counted(datagrams: Iterable[bytes]) -> None:
         sent = list(datagrams)
         asked["HA messages"] += len(sent)
         await send(sent)
 
-    here.host._ha.send = counted  # type: ignore[method-assign, assignment]
+    here.host.ha_link.send = counted  # type: ignore[method-assign, assignment]
 
     async def read_sas(read: Callable[[bytes], _T], *, ike_ids: Sequence[int] = ()) -> list[_T]:
         asked["requests for one SA" if ike_ids else "requests for all SAs"] += 1
