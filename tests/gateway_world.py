@@ -179,11 +179,8 @@ class Charon:
             }
         }
 
-    async def pools(self) -> dict[str, Any]:
-        return {"mobile": {"base": "10.3.0.1", "size": "65534"}}
-
-    async def leases(self, pool: str) -> dict[str, Any]:
-        return {pool: {**(await self.pools())[pool], "leases": {}}}
+    async def pools(self, *, leases: bool = False) -> dict[str, Any]:
+        return {"mobile": {"base": "10.3.0.1", "size": "65534", **({"leases": {}} if leases else {})}}
 
     async def algorithms(self) -> dict[str, Any]:
         return {}

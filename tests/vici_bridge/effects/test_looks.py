@@ -273,25 +273,30 @@ def test_of_a_thousand_connections_only_that_of_the_sa_is_asked_for() -> None:
     run(scenario())
 
 
-def test_leases_are_asked_for_only_of_a_pool_that_has_the_virtual_ip() -> None:
+def test_leases_are_asked_for_only_where_a_pool_has_the_virtual_ip() -> None:
     """A gateway with thousands of mobile nodes has as many leases, and a handover waits for them."""
 
     async def scenario() -> None:
         here, first = place(), a_context(1)
         (vip,) = first.remote_vips
-        asked: list[str] = []
+        elsewhere = replace(first, remote_vips=(ip_address("10.9.0.1"),))
+        asked: list[bool] = []
         lease = {"address": str(vip), "identity": "somebody", "status": "online"}
 
-        async def leases(pool: str) -> Mapping[str, Message]:
-            asked.append(pool)
-            return {pool: {**(await here.host.vici.pools())[pool], "leases": {"0": lease}}}
+        async def pools(*, leases: bool = False) -> Mapping[str, Message]:
+            asked.append(leases)
+            told = {"base": "10.3.0.1", "size": "65534"}
+            return {"mobile": {**told, "leases": {"0": lease}} if leases else told}
 
-        here.host.vici.leases = leases  # type: ignore[method-assign]
+        here.host.vici.pools = pools  # type: ignore[method-assign]
         for _ in range(2):
             assert [one.status for one in await here.sink.check(first, False)] == [Status.VIP_IN_USE]
-        assert asked == ["mobile"], "once within a moment"
-        elsewhere = replace(first, remote_vips=(ip_address("10.9.0.1"),))
-        assert Status.VIP_IN_USE not in [one.status for one in await here.sink.check(elsewhere, False)]
-        assert asked == ["mobile"]
+        assert asked == [False, True], "once within a moment"
+        for context, more in ((first, [True]), (elsewhere, [True]), (elsewhere, [False])):
+            asked.clear()
+            await asyncio.sleep(1)
+            found = [one.status for one in await here.sink.check(context, False)]
+            assert (Status.VIP_IN_USE in found) is (context is first)
+            assert asked == more, "as the last one needed them"
 
-    run(scenario())
+    hand_loop.run(scenario())
