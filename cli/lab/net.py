@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -313,25 +313,29 @@ class Net:
         """The mobile node leaves one access network and is in the other. Raises KernelError.
 
         The old addresses go first and together, before charon could look for its gateway by the second one.
-        The link stays: charon's virtual IP is on it. `dark_ms`: for so long it has neither. `late_ms`: what
-        the new link has at first is a link-local address, then a ULA, and only after so many milliseconds its
-        IPv4 address; a process that sees to that goes on when this returns.
+        The link stays: charon's virtual IP is on it. `dark_ms`: for so long it has neither. `late_ms`,
+        without `dark_ms`: what the new link has at first is a link-local address, then a ULA, and only after
+        so many milliseconds its IPv4 address; a process that sees to that goes on when this returns.
         """
         shown = run([*self.enter(host), "ip", "-o", "addr", "show", "dev", "eth1", "scope", "global"])
         away = f" {AWAY[4]}/" in shown.stdout
         new, old = ("eth0", "eth1") if away else ("eth1", "eth0")
         there, router = (OUTER[host], CORE[host]) if away else (AWAY, CORE_AWAY)
         gone = AWAY if away else OUTER[host]
-        self._leave_link(host, gone, there)
         leaving = [f"addr del {gone[v]}/{PREFIX[v]} dev {old}" for v in (6, 4)]
         lines = [f"link set {new} up", f"neigh flush dev {new}"]
-        if dark_ms:
-            run([*self.enter(host), "ip", "-batch", "-"], text="\n".join(leaving) + "\n")
-            time.sleep(dark_ms / 1000)
-        else:
-            lines += leaving
         own = {v: _address(v, f"{there[v]}/{PREFIX[v]}", new) for v in (4, 6)}
         ways = {v: f"route replace default via {router[v]} dev {new}" for v in (4, 6)}
+        if dark_ms:
+            with self._batch_of(host) as tell:
+                tell(leaving)
+                end = time.monotonic() + dark_ms / 1000
+                self._leave_link(host, gone, there)
+                time.sleep(max(0.0, end - time.monotonic()))
+                tell([*lines, own[4], ways[4], own[6], ways[6]])
+            return None
+        self._leave_link(host, gone, there)
+        lines += leaving
         if not late_ms:
             lines += [own[4], ways[4], own[6], ways[6]]
             run([*self.enter(host), "ip", "-batch", "-"], text="\n".join(lines) + "\n")
@@ -345,6 +349,22 @@ class Net:
         if arriving.stdout.readline() != "left\n":
             raise KernelError(f"{host} could not leave its access network")
         return arriving
+
+    @contextlib.contextmanager
+    def _batch_of(self, host: str) -> Iterator[Callable[[Sequence[str]], None]]:
+        """Has iproute2 do lines at once, by one process that has started already. Raises KernelError."""
+        words = [*self.enter(host), "ip", "-batch", "-"]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, text=True) as batch:
+            assert batch.stdin is not None
+            told = batch.stdin
+
+            def tell(lines: Sequence[str]) -> None:
+                told.write("\n".join(lines) + "\n")
+                told.flush()
+
+            yield tell
+        if batch.returncode:
+            raise KernelError(f"{' '.join(words)}: exit {batch.returncode}")
 
     def _leave_link(self, host: str, gone: Mapping[int, str], there: Mapping[int, str]) -> None:
         """Nobody on the new link knows another, as where a mobile node comes for the first time; and what is
