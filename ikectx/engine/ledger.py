@@ -145,10 +145,20 @@ class Row(Generic[F]):
     later: tuple[str, ...] = ()
     context: tuple[tuple[int, bytes], ...] = field(default=(), repr=False)
 
-    def finished(self, effect: str) -> Row[F]:
-        """The same row, with this effect done. (`replace` takes twice as long, and an SA has dozens.)"""
-        done = (*self.done, effect)
-        return Row(self.sa, self.facts, self.transfer_id, self.step, done, "", self.later, self.context)
+    # `replace` takes twice as long, and an SA has dozens of these
+
+    def begins(self, step: str, transfer_id: bytes) -> Row[F]:
+        """The row when this step begins: nothing of it is done, and nothing is left of the step before."""
+        return Row(self.sa, self.facts, transfer_id, step)
+
+    def finished(self, effect: str, facts: Mapping[str, Any]) -> Row[F]:
+        """The same row, with this effect done, and the facts that it found."""
+        done, now = (*self.done, effect), replace(self.facts, **facts) if facts else self.facts  # type: ignore[type-var]
+        return Row(self.sa, now, self.transfer_id, self.step, done, "", self.later, self.context)
+
+    def ended(self) -> Row[F]:
+        """The same row without a step."""
+        return Row(self.sa, self.facts, self.transfer_id, later=self.later, context=self.context)
 
     def knows(self, **facts: Any) -> Row[F]:
         """The same row with other facts."""

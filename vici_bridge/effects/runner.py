@@ -157,7 +157,7 @@ class Runner(Generic[W]):
         if row.step != step.name or step.anew:
             self._cut = {(sa, name) for sa, name in self._cut if sa != work.sa}
             ident = trace.transfer_id() or row.transfer_id
-            row = replace(row, step=step.name, done=(), begun="", later=(), context=(), transfer_id=ident)
+            row = row.begins(step.name, ident)
             self._ledger.hold(row)
         owes = False  # whether the row must be written before another effect begins
         with self._crowd:
@@ -168,13 +168,12 @@ class Runner(Generic[W]):
                     owes = await self._do(effect, work)
         row = self._ledger.of(work.sa)
         if row.later:
-            ended = replace(row, step="", done=(), begun="")
-            self._ledger.put(with_context(ended, work.kept), soon=True)
+            self._ledger.put(with_context(row.ended(), work.kept), soon=True)
             self._go_on_later(work, row.later, step.ends)
         elif step.ends:
             self._ledger.drop(work.sa, soon=step.journaled)
         else:
-            self._ledger.put(replace(row, step="", done=(), begun=""), soon=step.journaled or not owes)
+            self._ledger.put(row.ended(), soon=step.journaled or not owes)
 
     def resume(self, work_of: Callable[[SaName, IkeContext], W]) -> None:
         """After a start: go on with effects that an agent before this one had left for later. Raises
@@ -239,9 +238,7 @@ class Runner(Generic[W]):
             raise StateError(f"{effect.name} did not end within {effect.limit:g} s") from None
 
     def _done(self, effect: StepEffect[W], work: W, facts: Facts | None) -> bool:
-        row = self._ledger.of(work.sa).finished(effect.name)
-        if facts:
-            row = row.knows(**facts)
+        row = self._ledger.of(work.sa).finished(effect.name, facts or {})
         if effect.soon and facts:
             self._ledger.put(row, soon=True)
             return False
