@@ -331,6 +331,8 @@ class Away:
         to the outer address is that to another gateway, and its packets would leave by the default route.
         Idempotent.
         """
+        if self._kernel is None:
+            return  # ESP in user space has no policies that could be blocks
         try:
             devices = [self._detour.device_now(str(context.remote.address))]
             if relayed:

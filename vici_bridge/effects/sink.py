@@ -28,7 +28,6 @@ from ikectx.errors import (
     IkectxError,
     KernelError,
     LinkError,
-    NoAddressError,
     RefusedError,
     WireError,
 )
@@ -164,21 +163,21 @@ class CharonSink(ContextSink):
         """charon's state, all reasons against the SA, and the names that are taken. SAs that are in its way
         are looked at again, because they may be known no better than from a list of long ago."""
         seen = await self._looks.look(context)
-        verdicts, taken = self._judge(context, keep_address, seen)
-        with contextlib.suppress(NoAddressError):
-            here = self._here(context)
-            if clash(here, taken) or any(one.status is not Status.OK for one in verdicts):
-                await self._looks.again(here)
-                verdicts, taken = self._judge(context, keep_address, seen)
-        return seen, verdicts, taken
-
-    def _judge(self, context: IkeContext, keep_address: bool, seen: Seen) -> tuple[list[Verdict], Taken]:
-        """All reasons against the SA, and the names that are taken."""
-        host = self._host
         try:
             here = self._here(context)
         except IkectxError as error:
-            return [Verdict(Fpt.IKEV2_SA, error.status, str(error))], Taken()
+            return seen, [Verdict(Fpt.IKEV2_SA, error.status, str(error))], Taken()
+        verdicts, taken = self._judge(context, here, keep_address, seen)
+        if clash(here, taken) or any(one.status is not Status.OK for one in verdicts):
+            await self._looks.again(here)
+            verdicts, taken = self._judge(context, here, keep_address, seen)
+        return seen, verdicts, taken
+
+    def _judge(
+        self, context: IkeContext, here: IkeContext, keep_address: bool, seen: Seen
+    ) -> tuple[list[Verdict], Taken]:
+        """All reasons against the SA, and the names that are taken."""
+        host = self._host
         rivals = seen.present.rivals(here)
         taken = self._renames.taken(here, seen.present)
         verdicts = self._objections(context, here, keep_address, seen)

@@ -6,6 +6,7 @@ Pure functions below `record`, which keeps many of these.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter, is_
 
 from ikectx.errors import IkectxError, WireError
 from ikectx.numbers import Encr, Integ, KeMethod, Mode, Prf
@@ -56,7 +57,7 @@ class SaState:
         return self.generations[-1]
 
 
-_PARTS = tuple(part.name for part in fields(SaState) if part.name not in ("mid_initiator", "mid_responder"))
+_parts = attrgetter(*(part.name for part in fields(SaState) if not part.name.startswith("mid_")))
 
 
 def read_generation(message: HaMessage) -> IkeGeneration:
@@ -197,7 +198,7 @@ def pruned(sa: SaState) -> SaState:
 
 def only_ids_differ(one: SaState, other: SaState) -> bool:
     """Whether both have the same parts, but for message IDs; parts that are equal may count as others."""
-    return all(getattr(one, name) is getattr(other, name) for name in _PARTS)
+    return all(map(is_, _parts(one), _parts(other)))
 
 
 def messages_of(sa: SaState) -> list[HaMessage]:
