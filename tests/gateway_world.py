@@ -402,8 +402,8 @@ class Mute:
     def half_muted(self) -> set[SaName]:
         return set(self.answering)
 
-    def counters(self, spis: SaName) -> tuple[int, int]:
-        return 0, self.said
+    def dropped(self, spis: SaName) -> int:
+        return self.said
 
 
 class Relay:

@@ -451,7 +451,7 @@ class CharonSource(ContextSource):
         """charon's view of an SA that has left. The freeze's will do if charon has wanted to say nothing
         since: it does when somebody ends the SA."""
         host, facts = self._host, self._host.leaving.of(context.spis).facts
-        if not facts.unique_id or context.spis not in host.record or host.mute.counters(context.spis)[1]:
+        if not facts.unique_id or context.spis not in host.record or host.mute.dropped(context.spis):
             return await host.view(context.spis)
         view, reqids, tags = departing_view(context), dict(facts.reqids), dict(facts.tags)
         children = tuple(

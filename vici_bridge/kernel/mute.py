@@ -96,15 +96,11 @@ class Mute:
         with self._lock:
             self._add([(_SIDES["out"], spis)])
 
-    def counters(self, spis: SaName) -> tuple[int, int]:
-        """Messages dropped so far, (to charon, from charon)."""
+    def dropped(self, spis: SaName) -> int:
+        """Messages of charon to the SA's peer that were dropped so far."""
         with self._lock:
-            held = self._table.held([name for name, _ in _SIDES.values()], spis.octets)
-            counted = [
-                sum(element.packets for element in elements if element.key == spis.octets)
-                for elements in held
-            ]
-            return counted[0], counted[1]
+            held = self._table.elements(_SIDES["out"][0], spis.octets)
+            return sum(element.packets for element in held if element.key == spis.octets)
 
     def mute(self, spis: SaName) -> None:
         """Both, in one transaction."""

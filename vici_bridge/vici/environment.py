@@ -7,8 +7,6 @@ is not moved.
 
 from __future__ import annotations
 
-from ipaddress import ip_network
-
 from ikectx.sa.context import ChildContext, IkeContext, Mark, TrafficSelector
 from ikectx.sa.relocate import same_host
 
@@ -20,8 +18,9 @@ _NAT = COND_NAT_HERE | COND_NAT_THERE | COND_NAT_FAKE | COND_NAT_ANY
 
 def _client(selector: TrafficSelector) -> str:
     """The selector as "network/prefix", the next larger subnet where it is no prefix (as charon does)."""
-    length = selector.start.max_prefixlen - (int(selector.start) ^ int(selector.end)).bit_length()
-    return str(ip_network(f"{selector.start}/{length}", strict=False))
+    start = int(selector.start)
+    inside = (start ^ int(selector.end)).bit_length()
+    return f"{type(selector.start)(start >> inside << inside)}/{selector.start.max_prefixlen - inside}"
 
 
 def _ports(mine: TrafficSelector, theirs: TrafficSelector) -> tuple[str, str]:

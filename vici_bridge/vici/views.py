@@ -395,6 +395,7 @@ def _loaded(algorithms: Mapping[str, View], kind: str) -> View:
     return found
 
 
+@lru_cache(maxsize=256)
 def _squash(name: str) -> str:
     """A form in which 3DES_CBC, PRF_AES128_XCBC and the like are equal whatever the naming style."""
     for prefix in ("PRF_", "AUTH_", "ENCR_"):

@@ -611,7 +611,7 @@ def test_b12_an_exchange_that_begins_while_ids_are_read_is_noticed(monkeypatch: 
                 await catch_up(sa)
 
             there.here.host.catch_up = begins  # type: ignore[method-assign]
-            there.here.mute.counters = lambda spis: (0, kept_back)  # type: ignore[method-assign]
+            there.here.mute.dropped = lambda spis: kept_back  # type: ignore[method-assign]
             with pytest.raises(BusyError, match="while it was being frozen"):
                 await there.source.freeze(there.context, "nsg")
             assert sends(there.here, there.context)
