@@ -53,6 +53,8 @@ class Deadlines:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._entries: dict[str, Deadline] = {}
+        self._next: float | None = None
+        """The earliest one's `due`, if that is known: it is asked for many times while an SA moves."""
         self._seen: set[SaName] = set()
         """SAs whose timers were noted. Later toggles start them anew, so that they tell nothing more."""
         for key, value in store.items(_KIND):
@@ -70,6 +72,8 @@ class Deadlines:
         known = self._entries.get(key)
         if known is None or entry.due < known.due - 1:  # charon tells whole seconds
             self._entries[key] = entry
+            if self._next is not None:
+                self._next = min(self._next, entry.due)
             # with what is journaled next: most are noted while an SA is activated
             self._store.put(_KIND, key, json.dumps(asdict(entry)).encode(), soon=soon)
 
@@ -115,13 +119,18 @@ class Deadlines:
     def later(self, entry: Deadline, wall: float) -> None:
         """charon could not be asked for that rekey: it is due again at `wall`."""
         self._entries[entry.key] = replace(entry, due=wall)
+        self._next = None
 
     def next_due(self) -> float | None:
         """The time of the earliest deadline."""
-        return min((entry.due for entry in self._entries.values()), default=None)
+        if self._next is None:
+            self._next = min((entry.due for entry in self._entries.values()), default=None)
+        return self._next
 
     def _drop(self, key: str) -> None:
-        self._entries.pop(key, None)
+        entry = self._entries.pop(key, None)
+        if entry is not None and entry.due == self._next:
+            self._next = None
         self._store.delete(_KIND, key)
 
 

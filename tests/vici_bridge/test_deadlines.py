@@ -129,3 +129,23 @@ def test_an_agent_that_starts_takes_the_earlier_of_two_clocks(monkeypatch: pytes
     assert Deadlines(store).next_due() == wall + 60
     monkeypatch.setattr(clocks, "steady_wall", lambda: wall + 3600)
     assert Deadlines(store).next_due() == wall + 60
+
+
+def test_the_earliest_one_is_known_whatever_came_and_went() -> None:
+    deadlines, wall = Deadlines(MemoryStore()), steady_wall()
+    sas = [SaName(bytes([number]) * 8, bytes(8)) for number in range(4)]
+    assert deadlines.next_due() is None
+    for sa, due in zip(sas, (30.0, 10.0, 20.0, 40.0), strict=True):
+        deadlines.keep(sa, None, wall + due)
+    assert deadlines.next_due() == wall + 10
+    (first,) = deadlines.due(wall + 10)
+    deadlines.asked(first)
+    assert deadlines.next_due() == wall + 20
+    (second,) = deadlines.due(wall + 20)
+    deadlines.later(second, wall + 35)
+    assert deadlines.next_due() == wall + 30
+    deadlines.keep(sas[3], None, wall + 5)
+    assert deadlines.next_due() == wall + 5
+    for entry in deadlines.due(wall + 100):
+        deadlines.asked(entry)
+    assert deadlines.next_due() is None
