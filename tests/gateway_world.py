@@ -179,7 +179,7 @@ class Charon:
             }
         }
 
-    async def pools(self, *, leases: bool = False) -> dict[str, Any]:
+    async def pools(self, name: str = "", *, leases: bool = False) -> dict[str, Any]:
         return {"mobile": {"base": "10.3.0.1", "size": "65534", **({"leases": {}} if leases else {})}}
 
     async def algorithms(self) -> dict[str, Any]:

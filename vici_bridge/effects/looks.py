@@ -8,7 +8,8 @@ may want the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ikectx import trace
@@ -21,7 +22,7 @@ from ikectx.together import Together
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.policy.admission import admit, depends_on_others
-from vici_bridge.policy.allowed import pool_ranges
+from vici_bridge.policy.allowed import leased, pool_ranges
 from vici_bridge.policy.checks import (
     check_address,
     check_covered,
@@ -40,6 +41,9 @@ from vici_bridge.vici.views import SaView, arriving_view
 AGE = 0.1
 """Seconds for which charon's answers about its configuration will do; who loads another one expects it to
 count."""
+
+MANY = 50
+"""Leases that take as long as another request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,10 @@ class Looks:
         """Which charon was asked (`Known.life`), and what it can do, which stays so as long as it runs."""
         self._turn = asyncio.Lock()
         self._looking = Together(self._look_for)
-        self._asked: dict[str | None, tuple[float, Mapping[str, Message]]] = {}
-        """When charon was asked for the connection of that name (None: for all), and what it said."""
-        self._leases = False
-        """Whether charon's leases are asked for, because the last SA had a virtual IP of a pool here."""
+        self._asked: dict[tuple[str, str], tuple[float, Mapping[str, Message]]] = {}
+        """When charon was asked for something of that name (empty: for all), and what it said."""
+        self._many = False
+        """Whether there are so many leases that all of them are not asked for with the pools."""
         self._coming: dict[SaName, asyncio.Future[None]] = {}
         """SAs that are being installed, and when that is over."""
 
@@ -91,26 +95,47 @@ class Looks:
             now = asyncio.get_running_loop().time()
             if self._last is None or now - self._asked_at > AGE:
                 self._last, self._asked_at = await self._look(), now
-            leased = any(_is_from(context, self._last.pools) for context in contexts)
-            if leased and not self._leases:
-                self._last = replace(self._last, pools=await self._host.vici.pools(leases=True))
-            self._leases = leased
             present = await self._host.known.now()
             seen = replace(self._last, present=present)
-            return [replace(seen, connections=await self._connections(context)) for context in contexts]
+            return [
+                replace(
+                    seen,
+                    connections=await self._connections(context),
+                    pools=await self._pools(context, seen.pools),
+                )
+                for context in contexts
+            ]
 
     async def _connections(self, context: IkeContext) -> Mapping[str, Message]:
         """The SA's own connection, because there may be a thousand; all of them where the others matter."""
-        found = await self._asked_for(context.connection)
-        return await self._asked_for(None) if depends_on_others(context, found) else found
 
-    async def _asked_for(self, name: str | None) -> Mapping[str, Message]:
+        async def asked(name: str) -> Mapping[str, Message]:
+            return await self._host.connections([name] if name else None)
+
+        found = await self._asked_for("connections", context.connection, asked)
+        if depends_on_others(context, found):
+            return await self._asked_for("connections", "", asked)
+        return found
+
+    async def _pools(self, context: IkeContext, pools: Mapping[str, Message]) -> Mapping[str, Message]:
+        """The pools, with the leases of those that have a virtual IP of the SA."""
+
+        async def asked(name: str) -> Mapping[str, Message]:
+            return await self._host.vici.pools(name, leases=True)
+
+        for name in _pools_of(context, pools):
+            if "leases" not in pools[name]:
+                pools = {**pools, **await self._asked_for("leases", name, asked)}
+        return pools
+
+    async def _asked_for(
+        self, what: str, name: str, ask: Callable[[str], Awaitable[Mapping[str, Message]]]
+    ) -> Mapping[str, Message]:
         now = asyncio.get_running_loop().time()
         self._asked = {which: told for which, told in self._asked.items() if now - told[0] <= AGE}
-        if name not in self._asked:
-            found = await self._host.connections(None if name is None else [name])
-            self._asked[name] = now, found
-        return self._asked[name][1]
+        if (what, name) not in self._asked:
+            self._asked[what, name] = now, await ask(name)
+        return self._asked[what, name][1]
 
     @trace.spanned("look")
     async def _look(self) -> Seen:
@@ -118,13 +143,10 @@ class Looks:
         if self._algorithms is None or self._algorithms[0] != host.known.life:
             life = host.known.life
             self._algorithms = life, await host.vici.algorithms()
-        return Seen(
-            await host.version(),
-            host.known.present,
-            await host.vici.pools(leases=self._leases),
-            self._algorithms[1],
-            host.listening(),
-        )
+        pools = await host.vici.pools(leases=not self._many)
+        with contextlib.suppress(WireError):  # `admit` says so
+            self._many = leased(pools) > MANY
+        return Seen(await host.version(), host.known.present, pools, self._algorithms[1], host.listening())
 
     def comes(self, here: IkeContext) -> None:
         """This SA, which shares nothing with any other, is being installed, until `came_or_not`."""
@@ -149,13 +171,13 @@ class Looks:
                 await asyncio.shield(self._coming[sa])
 
 
-def _is_from(context: IkeContext, pools: Mapping[str, Message]) -> bool:
-    """Whether the SA has a virtual IP of one of these pools."""
+def _pools_of(context: IkeContext, pools: Mapping[str, Message]) -> list[str]:
+    """The names of the pools that have a virtual IP of the SA."""
     try:
-        ranges = pool_ranges(pools).values()
+        ranges = pool_ranges(pools)
     except WireError:  # `admit` says so
-        return False
-    return any(vip in its for its in ranges for vip in context.remote_vips)
+        return []
+    return [name for name, its in ranges.items() if any(vip in its for vip in context.remote_vips)]
 
 
 def objections(

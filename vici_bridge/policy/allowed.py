@@ -236,6 +236,11 @@ def pool_ranges(pools: Mapping[str, View]) -> Mapping[str, Range]:
     return found
 
 
+def leased(pools: Mapping[str, View]) -> int:
+    """How many addresses of charon's pools mobile nodes have. Errors: WireError."""
+    return sum(_number(pool, "online") for pool in sections({"get-pools": pools}, "get-pools").values())
+
+
 @lru_cache(maxsize=1 << 16)
 def _selector(text: str, lookup: Lookup) -> AllowedSelector:
     """Cached, because each SA that comes in needs the same hundreds of selectors that charon reported

@@ -16,6 +16,7 @@ from tests.across.test_go_on import served
 from tests.gateway_world import Place
 from tests.vici_bridge.effects.test_sink import a_context, final_of, move, place, rival, run
 from vici_bridge import host as host_module
+from vici_bridge.effects.looks import MANY
 from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.segment import ALL, segment_of
 from vici_bridge.policy.present import Present
@@ -273,30 +274,35 @@ def test_of_a_thousand_connections_only_that_of_the_sa_is_asked_for() -> None:
     run(scenario())
 
 
-def test_leases_are_asked_for_only_where_a_pool_has_the_virtual_ip() -> None:
+@pytest.mark.parametrize("online", [MANY, MANY + 1])
+def test_of_many_leases_only_those_of_the_pool_with_the_virtual_ip_are_asked_for(online: int) -> None:
     """A gateway with thousands of mobile nodes has as many leases, and a handover waits for them."""
 
     async def scenario() -> None:
         here, first = place(), a_context(1)
         (vip,) = first.remote_vips
         elsewhere = replace(first, remote_vips=(ip_address("10.9.0.1"),))
-        asked: list[bool] = []
-        lease = {"address": str(vip), "identity": "somebody", "status": "online"}
+        asked: list[tuple[str, bool]] = []
+        lease = {"0": {"address": str(vip), "identity": "somebody", "status": "online"}}
 
-        async def pools(*, leases: bool = False) -> Mapping[str, Message]:
-            asked.append(leases)
-            told = {"base": "10.3.0.1", "size": "65534"}
-            return {"mobile": {**told, "leases": {"0": lease}} if leases else told}
+        async def pools(name: str = "", *, leases: bool = False) -> Mapping[str, Message]:
+            asked.append((name, leases))
+            told = {"base": "10.3.0.1", "size": "65534", "online": str(online)}
+            mobile = {**told, **({"leases": lease} if leases else {})}
+            return {"mobile": mobile} if name else {"mobile": mobile, "x": {"base": "10.4.0.1", "size": "0"}}
 
         here.host.vici.pools = pools  # type: ignore[method-assign]
-        for _ in range(2):
-            assert [one.status for one in await here.sink.check(first, False)] == [Status.VIP_IN_USE]
-        assert asked == [False, True], "once within a moment"
-        for context, more in ((first, [True]), (elsewhere, [True]), (elsewhere, [False])):
+        many = [("", False)] if online > MANY else [("", True)]
+        for context, more in (
+            (first, [("", True)]),
+            (first, [*many, ("mobile", True)] if online > MANY else many),
+            (elsewhere, many),
+        ):
             asked.clear()
             await asyncio.sleep(1)
-            found = [one.status for one in await here.sink.check(context, False)]
-            assert (Status.VIP_IN_USE in found) is (context is first)
-            assert asked == more, "as the last one needed them"
+            for _ in range(2):
+                found = [one.status for one in await here.sink.check(context, False)]
+                assert (Status.VIP_IN_USE in found) is (context is first)
+            assert asked == more, "once within a moment"
 
     hand_loop.run(scenario())
