@@ -283,16 +283,15 @@ class CharonHost:
             self.on_change(change)
 
     def save_soon(self, wait: float = 0.0) -> None:
-        """Save when all waiting datagrams have been read, because charon reports everything only once.
-
-        `wait`: seconds until then, for what can be found out again.
-        """
-        if self._saving is not None and not wait and isinstance(self._saving, asyncio.TimerHandle):
+        """Save when all waiting datagrams have been read, because charon reports everything only once. After
+        `wait` seconds, and with the next write, where it can be found out again."""
+        if not wait and isinstance(self._saving, asyncio.TimerHandle):
             self._saving.cancel()
             self._saving = None
-        if self._saving is None:
-            loop = asyncio.get_running_loop()
-            self._saving = loop.call_later(wait, self.save) if wait else loop.call_soon(self.save)
+        if self._saving is None and wait:
+            self._saving = asyncio.get_running_loop().call_later(wait, lambda: self.save(soon=True))
+        elif self._saving is None:
+            self._saving = asyncio.get_running_loop().call_soon(self.save)
 
     def save(self, *, soon: bool = False) -> None:
         """Save the record's changes; `soon`: with the next write. What fails is logged, and tried again."""
