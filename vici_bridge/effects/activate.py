@@ -187,6 +187,6 @@ ACTIVATE: LedgerStep[Coming] = LedgerStep(
         StepEffect("charon speaks", _speak),
         StepEffect("what was kept is heard", _deliver, needed=False),
         # written together with the journal's next state, which says that the SA is owned
-        StepEffect("names are over", _forget, needed=False, soon=True),
+        StepEffect("names are over", _forget, needed=False),
     ),
 )

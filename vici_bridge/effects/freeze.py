@@ -255,6 +255,6 @@ FREEZE: LedgerStep[Freezing] = LedgerStep(
         StepEffect("charon says nothing", say_nothing),
         StepEffect("message IDs", find_ids),
         # written together with the journal's next state, which says that the SA was let go
-        StepEffect("counters", _read_counters, soon=True),
+        StepEffect("counters", _read_counters),
     ),
 )

@@ -80,8 +80,8 @@ class StepEffect(Generic[W]):
     do: carries it out, and returns facts to keep, None: nothing. when: whether it is needed for this SA.
     probe: whether it is done already. limit: seconds. needed: the step fails with it. once: it is noted
     before it begins, because it must not be done twice. later: if it failed and is not needed, it is tried
-    again in the background; endless: until it is done. soon: its facts may wait for the next write, because
-    nothing before that depends on them.
+    again in the background; endless: until it is done. soon: its facts may wait for the row's next write,
+    because nothing before that depends on them.
     """
 
     name: str
@@ -166,14 +166,14 @@ class Runner(Generic[W]):
                     if owes and not effect.once:
                         await self._put(self._ledger.of(work.sa))
                     owes = await self._do(effect, work)
-        row = self._ledger.of(work.sa)
+        row, soon = self._ledger.of(work.sa), step.journaled or not owes
         if row.later:
-            self._ledger.put(with_context(row.ended(), work.kept), soon=True)
+            self._ledger.put(with_context(row.ended(), work.kept), soon=soon)
             self._go_on_later(work, row.later, step.ends)
         elif step.ends:
             self._ledger.drop(work.sa, soon=step.journaled)
         else:
-            self._ledger.put(row.ended(), soon=step.journaled or not owes)
+            self._ledger.put(row.ended(), soon=soon)
 
     def resume(self, work_of: Callable[[SaName, IkeContext], W]) -> None:
         """After a start: go on with effects that an agent before this one had left for later. Raises
@@ -239,11 +239,9 @@ class Runner(Generic[W]):
 
     def _done(self, effect: StepEffect[W], work: W, facts: Facts | None) -> bool:
         row = self._ledger.of(work.sa).finished(effect.name, facts or {})
-        if effect.soon and facts:
-            self._ledger.put(row, soon=True)
-            return False
         self._ledger.hold(row)
-        return bool(facts) or effect.once  # after a crash the note from before it began must not be found
+        # after a crash the note from before it began must not be found
+        return effect.once or (bool(facts) and not effect.soon)
 
     async def _leave(self, effect: StepEffect[W], work: W, error: IkectxError) -> None:
         row = self._ledger.of(work.sa)

@@ -283,7 +283,7 @@ THAW: LedgerStep[Leaving] = LedgerStep(
             once=True,
             later=True,
         ),
-        StepEffect("that move is over", _forget, soon=True),
+        StepEffect("that move is over", _forget),
     ),
     ends=True,
 )
