@@ -11,8 +11,7 @@
 
 An inbound SA in tunnel mode does not look at the outer source address (Linux 6.1, 7.2), so the pair that was
 made for the mobile node's old address takes packets from its new one. Only the outbound SA needs that
-address. The policies stand beside charon's because of the `user` of their selectors, as blocks do
-(`vici_bridge.away.departures`), and have a reqid that charon never gives.
+address. The policies stand beside charon's (`beside`), and have a reqid that charon never gives.
 
 While the old gateway serves the SA, packets that it has decrypted must not be decrypted here once more, if
 somebody sends copies. So the window begins `oseq_jump` above the exported number, as if all below had been
@@ -25,12 +24,10 @@ that starts removes what one before it has left (`Early.sweep`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ikectx.errors import KernelError, WireError
 from ikectx.sa.context import IkeContext, ReplayState
@@ -40,21 +37,15 @@ from vici_bridge.kernel.kernel import LATE
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
 from vici_bridge.kernel.xfrm_parts import TUNNEL, KernelLimits, XfrmRequest
 
+from .beside import WANTED, beside, forget_wanted, held_back, led_to
 from .hush import HUSH, hushing
 
 log = logging.getLogger(__name__)
 
 EARLY = int.from_bytes(b"IKEE")
 """The `user` of these policies' selectors, as `departures.OURS` is that of departures."""
-REQIDS = 0x494B0000
-"""The reqid that no SA has: packets of a policy that asks for it wait, up to 100 (net.core.xfrm_larval_drop).
-Those that follow, up to `REQIDS` | 0xFFFF, are of early pairs; charon counts from 1."""
 HUSHED = 15
 """Seconds after which the kernel lets packets pass again, if an agent died at that moment."""
-LARVAL_DROP = Path("/proc/sys/net/core/xfrm_larval_drop")
-"""Of the network namespace: 1 drops packets of a policy whose SA is not there yet, 0 keeps up to 100."""
-_DECOY_SPI = bytes.fromhex("000000fe")
-"""Reserved by IANA and never negotiated (RFC 4303, 2.1)."""
 LINGER = 0.5
 """Seconds for which policies stay whose packets leave by charon's pair."""
 MARGIN = 1024
@@ -63,7 +54,7 @@ MARGIN = 1024
 
 def is_early(sa: KernelSa) -> bool:
     """Whether the kernel's SA is one of these."""
-    return sa.sequence == LATE and sa.reqid >> 16 == REQIDS >> 16
+    return sa.sequence == LATE and sa.reqid >> 16 == WANTED >> 16
 
 
 def is_late(sa: KernelSa) -> bool:
@@ -90,19 +81,7 @@ class Early:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
         self._known: dict[SaName, tuple[EarlyChild, ...]] = {}
-        self._reqids = itertools.cycle(range(REQIDS + 1, REQIDS + 0x10000))
-
-    def keep_packets(self) -> None:
-        """Have the kernel keep packets of a policy whose SA is not there yet, instead of dropping them."""
-        try:
-            if LARVAL_DROP.read_text().strip() != "0":  # a unit may have set it, and forbid the agent to
-                LARVAL_DROP.write_text("0\n")
-        except OSError as error:
-            log.warning(
-                "packets for mobile nodes on the move are dropped, not held: %s: %s",
-                LARVAL_DROP,
-                error.strerror,
-            )
+        self._reqids = itertools.cycle(range(WANTED + 1, WANTED + 0x10000))
 
     def __contains__(self, sa: SaName) -> bool:
         return sa in self._known
@@ -153,8 +132,8 @@ class Early:
                     replace(inbound, reqid=reqid, limits=limits, sequence=LATE, replay=seen),
                     replace(outbound, reqid=reqid, limits=limits, sequence=LATE),
                     # charon's own precede, as soon as they are there
-                    tuple(_beside(one, reqid, limits, one.priority + 1) for one in inward),
-                    tuple(_beside(one, reqid, limits, max(one.priority - 1, 0)) for one in outward),
+                    tuple(beside(one, EARLY, reqid, limits, one.priority + 1) for one in inward),
+                    tuple(beside(one, EARLY, reqid, limits, max(one.priority - 1, 0)) for one in outward),
                     floor,
                 )
             )
@@ -172,7 +151,7 @@ class Early:
         requests = [child.inbound.add() for child in children]
         for child in children:
             requests += [_optional(policy).put() for policy in child.inward]
-            requests += [_held(policy).put() for policy in child.outward if held]
+            requests += [held_back(policy).put() for policy in child.outward if held]
         kernel.batch(requests)
 
     def lead(self, here: IkeContext) -> None:
@@ -188,7 +167,7 @@ class Early:
         requests: list[XfrmRequest] = []
         for child in children:
             requests.append(child.outbound.add())
-            requests += [_to(policy, child.outbound).put() for policy in child.outward]
+            requests += [led_to(policy, child.outbound).put() for policy in child.outward]
             requests += [policy.put() for policy in child.inward]
         kernel.batch(requests)
 
@@ -197,7 +176,7 @@ class Early:
         kernel, children = self._host.kernel, self._known.get(sa, ())
         if kernel is None or not children:
             return
-        kernel.batch([_held(policy).put() for child in children for policy in child.outward])
+        kernel.batch([held_back(policy).put() for child in children for policy in child.outward])
         last = kernel.take_out([one for child in children for one in (child.inbound, child.outbound)])
         found = []
         for child, incoming, outgoing in zip(children, last[::2], last[1::2], strict=True):
@@ -227,25 +206,16 @@ class Early:
         for child, one in zip(shape.children, self._known.get(sa, ()), strict=False):
             _, outbound = self._host.kernel_pair(shape, child)
             if outbound is not None:
-                requests += [_to(policy, outbound).put() for policy in one.outward]
+                requests += [led_to(policy, outbound).put() for policy in one.outward]
         if kernel is not None and requests:
             kernel.batch(requests)
             self._forget_wanted(self._known.get(sa, ()))
 
     def _forget_wanted(self, children: Iterable[EarlyChild]) -> None:
-        """Remove the kernel's note of an SA that held packets want. It goes when an SA comes that fits."""
-        for child in children if self._host.kernel is not None else ():
-            template = child.outward[0].templates[0]
-            decoy = replace(
-                child.outbound,
-                spi=_DECOY_SPI,
-                source=template.source,
-                destination=template.destination,
-                reqid=REQIDS,
-                replay=replace(child.outbound.replay, oseq=0),
-            )
-            with contextlib.suppress(KernelError):
-                self._host.kernel.batch([decoy.add(), decoy.delete()])  # type: ignore[union-attr]
+        kernel = self._host.kernel
+        for child in children:
+            if kernel is not None:
+                forget_wanted(kernel, child.outward[0], child.outbound)
 
     def end(self, sa: SaName) -> None:
         """Remove what there is of it. Raises nothing: what stays ends by itself."""
@@ -301,34 +271,5 @@ def _unfit(sa: KernelSa) -> bool:
     return sa.mode != TUNNEL or sa.encap is not None or sa.offloaded or sa.cpu is not None
 
 
-def _beside(policy: KernelPolicy, reqid: int, limits: KernelLimits, priority: int) -> KernelPolicy:
-    """The policy under another name, for SAs of that reqid."""
-    return replace(
-        policy,
-        selector=replace(policy.selector, user=EARLY),
-        templates=tuple(replace(template, reqid=reqid) for template in policy.templates),
-        priority=min(priority, 0xFFFFFFFF),
-        limits=limits,
-        index=0,
-    )
-
-
 def _optional(policy: KernelPolicy) -> KernelPolicy:
     return replace(policy, templates=tuple(replace(one, optional=1) for one in policy.templates))
-
-
-def _held(policy: KernelPolicy) -> KernelPolicy:
-    return replace(
-        policy, templates=tuple(replace(one, reqid=REQIDS, spi=bytes(4)) for one in policy.templates)
-    )
-
-
-def _to(policy: KernelPolicy, sa: KernelSa) -> KernelPolicy:
-    """The policy with templates for that SA."""
-    return replace(
-        policy,
-        templates=tuple(
-            replace(one, reqid=sa.reqid, source=sa.source, destination=sa.destination)
-            for one in policy.templates
-        ),
-    )

@@ -55,6 +55,7 @@ from vici_bridge.policy.new_names import (
 from vici_bridge.vici.views import SaView
 
 from .activate import ACTIVATE
+from .beside import keep_packets
 from .coming import Coming, Listen, Memory, keep
 from .early import Early
 from .looks import Looks, Seen, conflicts, objections
@@ -109,7 +110,7 @@ class CharonSink(ContextSink):
     def resume(self) -> None:
         """After a start: finish work that an agent before this one left open."""
         if self._host.kernel is not None:
-            self._early.keep_packets()
+            keep_packets()
         self._early.sweep()
         self._renames.resume()
         self._runner.resume(lambda sa, shape: self._coming(shape, shape, sa=sa))

@@ -14,8 +14,8 @@ from tests.across.test_go_on import run
 from tests.vici_bridge.effects.test_coming import Gateway, gateway
 from tests.vici_bridge.effects.test_sink import final_of
 from tests.worlds import until
-from vici_bridge.effects.early import EARLY, MARGIN, Early, is_early
-from vici_bridge.host import CharonHost
+from vici_bridge.effects.beside import keep_packets
+from vici_bridge.effects.early import EARLY, MARGIN, is_early
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa
 
 NEW = Endpoint.of("198.51.100.77", 4500)
@@ -154,8 +154,8 @@ def test_the_kernel_is_told_to_keep_packets_unless_the_unit_has_done_so(
     setting.write_text(before)
     if not writable:
         monkeypatch.setattr(Path, "write_text", refuse)
-    monkeypatch.setattr("vici_bridge.effects.early.LARVAL_DROP", setting)
-    Early(CharonHost.__new__(CharonHost)).keep_packets()
+    monkeypatch.setattr("vici_bridge.effects.beside.LARVAL_DROP", setting)
+    keep_packets()
     assert ("dropped, not held" in caplog.text) is warned
     assert warned or setting.read_text() == "0\n"
 
