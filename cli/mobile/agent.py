@@ -19,6 +19,7 @@ from ikectx.disk.store import SqliteStore
 from ikectx.errors import CharonError, IkectxError, KernelError, UnknownSaError, UsageError, WireError
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
+from vici_bridge.effects.beside import keep_packets
 from vici_bridge.effects.mobile import CharonMobile
 from vici_bridge.ha.record import RecordChange
 from vici_bridge.host import CharonHost
@@ -26,6 +27,7 @@ from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.addresses import OuterAddresses
 from vici_bridge.mobile.farewell import Farewells, Told
 from vici_bridge.mobile.handover import Handovers
+from vici_bridge.mobile.held import HeldRequests
 from vici_bridge.mobile.report import MobileReport
 from vici_bridge.mobile.spis import SpiWatch
 from vici_bridge.ready import Ready
@@ -108,13 +110,14 @@ class MobileAgent:
             store,
             farewells=self._farewells,
         )
+        self._held = HeldRequests() if charon.kernel_esp and config.node.settings.update_spi else None
         self._spis = SpiWatch(
             self._host,
             self._mobile,
-            store,
             self.handovers.lock,
             self._farewells,
             allowed=config.node.settings.update_spi,
+            held=self._held,
         )
         self._spis.invited = self.handovers.arrive
         self.handovers.answering = self._spis.answering if config.node.settings.update_spi else None
@@ -140,6 +143,9 @@ class MobileAgent:
         self._host.on_change = self._sas_changed
         await self._host.open()
         passive = self._mobile.left_passive()
+        if self._held is not None:
+            keep_packets()
+            await self._held.start()
         try:
             self._addresses.watch(self._addresses_changed)
         except KernelError as error:
@@ -222,6 +228,8 @@ class MobileAgent:
         """End open work; an SA that is moving just now is made active first."""
         await self._control.close()
         await self._spis.close()
+        if self._held is not None:
+            self._held.close()
         await self.handovers.cancel()
         for work in list(self._work):
             work.cancel()

@@ -93,7 +93,7 @@ NO_TARGET = {
     " ledger._old_relay ledger._old_names deadlines.__init__ known_agents._shown notes.in_question notes.last"
     " rekey_after_move.__init__ traps.__init__",
     "numbers that the kernel gives in a fixed structure": "place._ours_by_acl plain._one_address_each"
-    " sockets._look_for_losses control._user nat_relay.answered",
+    " sockets._look_for_losses control._user nat_relay.answered ike_queue._configure",
     "of octets made here": "core._show requests.pull packet_io.udp_datagram packet_io.bpf_program"
     " watch.request_filter netlink._exchange netlink._numbered xfrm.cpu cxtp.compute_token"
     " kernel_events._word",

@@ -42,13 +42,14 @@ from vici_bridge.away.origins import Origin
 from vici_bridge.effects.mobile_move import ChildMove, MobileMove
 from vici_bridge.ha.messages import HaMessage
 from vici_bridge.ha.record import Record
-from vici_bridge.kernel import addresses, detour, kernel_events, nftables, routes, xfrm
+from vici_bridge.kernel import addresses, detour, ike_queue, kernel_events, nftables, routes, xfrm
 from vici_bridge.kernel import xfrm_wire as wire
 from vici_bridge.kernel.nat_relay import places_of
 from vici_bridge.kernel.netlink import Netlink, NetlinkOutcome
 from vici_bridge.kernel.netlink_parts import HEADER, attribute, messages
 from vici_bridge.kernel.spd_index import SpdIndex
 from vici_bridge.kernel.spd_lookup import Flow, may_concern
+from vici_bridge.mobile import held
 from vici_bridge.policy.allowed import AllowedConnection, pool_ranges
 from vici_bridge.policy.new_names import Plan
 from vici_bridge.policy.proposals import ConfiguredProposal
@@ -208,6 +209,18 @@ SORTED = (
     SETS[:8] + (1).to_bytes(4, "little") + SETS[12:],
     struct.pack("=IHHIIi", 20, 3, 0, 1, 0, 0),
 )
+
+
+def queued(datagram: bytes) -> bytes:
+    """A packet that waits for the agent."""
+    udp = struct.pack("!HHHH", 4500, 4500, 8 + len(datagram), 0) + datagram
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, bytes(4), bytes(4))
+    body = bytes((2, 0, 0, 1)) + attribute(1, bytes((0, 0, 0, 7, 8, 0, 1, 0))) + attribute(10, ip + udp)
+    return HEADER.pack(HEADER.size + len(body), 3 << 8, 0, 0, 0) + body
+
+
+IKE_HEADER = bytes(range(16)) + bytes((46, 0x20, 37, 0)) + bytes(4) + (28).to_bytes(4)
+QUEUED = (queued(bytes(4) + IKE_HEADER), queued(b"no IKE"), b"")
 
 
 def table(octets: bytes) -> nftables.NftTable:
@@ -404,6 +417,7 @@ TARGETS = {
     "netlink nftables event": Target(
         lambda octets: kernel_events.removes_table(octets, ("ikectx",), (7,)), (removal(), removal() * 2), ()
     ),
+    "netlink queue": Target(lambda octets: held.name_of(ike_queue.waiting_of(octets)), QUEUED, ()),
     "journal row": Target(journal_row_of, (b"|".join(JOURNAL_ROW),), ()),
     "ledger row": Target(row_of, tuple(ledger.dumps(row) for row in ROWS.values()), ()),
     "record of an SA": Target(record_of, (KEPT_SA,), (StoreError,)),

@@ -41,13 +41,23 @@ class HostRoutes:
         way = ask_way(self._route, address)
         return way is not None and way.gateway is None
 
-    def add(self, address: Address) -> None:
-        """Make it one of this host."""
-        self._route.ask(_request(routes.NEWROUTE, address))
+    def device_of(self, address: Address) -> int:
+        """Index of the device that has the address; 0: none has it."""
+        asked = KernelRoute(family_of(address), table=TABLE)
+        for answer in self._route.ask(asked.request(GETROUTE, DUMP, "look for an address")):
+            route = KernelRoute.parse(answer)
+            if (route.table, route.kind, route.destination) == (TABLE, LOCAL, address):
+                return route.device
+        return 0
 
-    def remove(self, address: Address) -> None:
+    def add(self, address: Address, device: int = _LOOPBACK) -> None:
+        """Make it one of this host. If `device` loses the address then, routes that have it as their source
+        stay (Linux, fib_del_ifaddr)."""
+        self._route.ask(_request(routes.NEWROUTE, address, device))
+
+    def remove(self, address: Address, device: int = _LOOPBACK) -> None:
         """Undo `add`. Idempotent."""
-        request = _request(routes.DELROUTE, address)
+        request = _request(routes.DELROUTE, address, device)
         outcome = self._route.transact([request])[0]
         if outcome.errno not in (0, errno.ESRCH):
             raise failure(request, outcome)
@@ -66,16 +76,16 @@ class HostRoutes:
             for route in map(KernelRoute.parse, answers):
                 ours = (route.table, route.maker, route.kind) == (TABLE, PROTOCOL, LOCAL)
                 if ours and route.destination is not None:
-                    self.remove(route.destination)
+                    self.remove(route.destination, route.device)
 
 
-def _request(number: int, address: Address) -> XfrmRequest:
+def _request(number: int, address: Address, device: int) -> XfrmRequest:
     new = number == routes.NEWROUTE
     route = KernelRoute(
         family_of(address),
         address,
         address.max_prefixlen,
-        device=_LOOPBACK,
+        device=device,
         metric=_METRIC,
         table=TABLE,
         maker=PROTOCOL,

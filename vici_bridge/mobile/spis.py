@@ -22,11 +22,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ikectx.engine.ports import Store
 from ikectx.errors import (
     CharonError,
     IkectxError,
@@ -45,14 +44,17 @@ from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.responder import Asked, GatewayResponder, ResponderRole, SpiResponder
 from mobike_ext.spi_update import Renamed
 from vici_bridge.effects.mobile import AGAIN, CharonMobile
+from vici_bridge.effects.shelter import Shelter, Sheltered
 from vici_bridge.ha.record import RecordChange
 from vici_bridge.host import CharonHost
+from vici_bridge.kernel.ike_queue import Waiting
 from vici_bridge.kernel.mute import MARK
 from vici_bridge.own_names import OwnNames
 from vici_bridge.vici.codec import parse_message
 from vici_bridge.vici.views import SaView
 
 from .farewell import Farewells
+from .held import HeldRequests
 
 log = logging.getLogger("ikectx")
 
@@ -66,25 +68,27 @@ class SpiWatch:
     """Receives gateways' requests, for each of charon's SAs, from `start` to `close`.
 
     `lock`: held while an SA is passive. `farewells`: deletes at gateways an SA that is ended here meanwhile.
-    `allowed` False: no SPI is ever changed.
+    `allowed` False: no SPI is ever changed. `held`: requests from other places than the SA's gateway's, which
+    charon has not had yet.
     """
 
     def __init__(
         self,
         host: CharonHost,
         mobile: CharonMobile,
-        store: Store,
         lock: asyncio.Lock,
         farewells: Farewells | None = None,
         *,
         allowed: bool = True,
+        held: HeldRequests | None = None,
     ) -> None:
         self._host = host
         self._mobile = mobile
-        self._store = store
         self._lock = lock
         self._farewells = farewells
         self._allowed = allowed
+        self._held = held
+        self._shelter = Shelter(host)
         self._listeners: dict[SaName, tuple[Endpoint, asyncio.Task[None]]] = {}
         self._soon: asyncio.TimerHandle | None = None
         self._started = False
@@ -143,6 +147,7 @@ class SpiWatch:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._listeners.clear()
+        self._shelter.close()
 
     async def _listen_to_all(self) -> None:
         try:
@@ -152,6 +157,8 @@ class SpiWatch:
                 self._look_in(AGAIN)
             return
         known = set(self._host.record.names())
+        if self._held is not None:
+            self._held.watch({view.spis: view.remote.address for view in views if view.spis in known})
         wanted = {view.spis: view.local for view in views if view.spis in known}
         for sa, (local, task) in list(self._listeners.items()):
             if wanted.get(sa) != local or task.done():
@@ -184,6 +191,12 @@ class SpiWatch:
     # One request.
 
     def _asked(self, sa: SaName, event: Asked) -> None:
+        if self._held is not None:
+            held = self._held.claim(sa, event.source, event.message_id)
+            if held and event.moves:
+                self._spawn(self._shelter_from(sa, event, self._held, held))
+            else:
+                self._held.end(held)
         if event.invitation and self.invited is not None:
             self._spawn(self._follow(sa, event))
         elif event.pairs:
@@ -191,6 +204,23 @@ class SpiWatch:
         elif event.reasons:
             names = ", ".join(sorted({reason.name for reason in event.reasons}))
             log.info("%s asked for other SPIs, which is not granted: %s", event.source, names)
+
+    async def _shelter_from(
+        self, sa: SaName, event: Asked, requests: HeldRequests, held: Sequence[Waiting]
+    ) -> None:
+        """The gateway has the SA at another address: shelter its packets, then let charon have that
+        request."""
+        sheltered: Sheltered | None = None
+        try:
+            if (view := await self._host.view(sa)) is not None:
+                sheltered = self._shelter.begin(view)
+        except IkectxError as error:
+            log.info("packets may be lost while charon goes to %s: %s", event.source, error)
+        finally:
+            requests.end(held)
+            requests.moved(sa, event.source.address)
+        if sheltered is not None:
+            await self._shelter.end(sheltered, event.source.address)
 
     async def _follow(self, sa: SaName, event: Asked) -> None:
         """The gateway wants this node to go to another one, once charon has answered it."""

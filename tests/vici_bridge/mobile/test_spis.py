@@ -112,7 +112,7 @@ class Watched:
         node = self.node
         node.begin()
         self.lock = asyncio.Lock()
-        self.watch = SpiWatch(node.host, node.mobile, node.store, self.lock)
+        self.watch = SpiWatch(node.host, node.mobile, self.lock)
         node.host.on_change = self.watch.changed
 
     def _count(self, *, initiator: int, responder: int) -> None:
@@ -624,7 +624,7 @@ def test_policy() -> None:
 
     async def scenario() -> None:
         node = Node(CONTEXT)
-        watch = SpiWatch(node.host, node.mobile, node.store, asyncio.Lock(), allowed=False)
+        watch = SpiWatch(node.host, node.mobile, asyncio.Lock(), allowed=False)
         watch.start()
         watch.changed()
         await asyncio.sleep(1)
