@@ -212,15 +212,16 @@ class SpiWatch:
         request."""
         sheltered: Sheltered | None = None
         try:
-            if (view := await self._host.view(sa)) is not None:
-                sheltered = self._shelter.begin(view)
+            try:
+                if (view := await self._host.view(sa)) is not None:
+                    sheltered = self._shelter.begin(view)
+            finally:
+                requests.end(held)
+                requests.moved(sa, event.source.address)
+            if sheltered is not None:
+                await self._shelter.end(sheltered, event.source.address)
         except IkectxError as error:
             log.info("packets may be lost while charon goes to %s: %s", event.source, error)
-        finally:
-            requests.end(held)
-            requests.moved(sa, event.source.address)
-        if sheltered is not None:
-            await self._shelter.end(sheltered, event.source.address)
 
     async def _follow(self, sa: SaName, event: Asked) -> None:
         """The gateway wants this node to go to another one, once charon has answered it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
@@ -129,11 +130,11 @@ def test_without_a_queue_charon_has_had_every_request(
 class Shelters:
     """Stands in for `Shelter`, and says in which order it was called."""
 
-    def __init__(self, order: list[str], fails: bool) -> None:
+    def __init__(self, order: list[str], fails: str) -> None:
         self.order, self.fails = order, fails
 
     def begin(self, view: SaView) -> Sheltered:
-        if self.fails:
+        if self.fails == "begin":
             raise KernelError("the kernel refused")
         self.order.append("sheltered")
         return Sheltered((), ())
@@ -141,14 +142,17 @@ class Shelters:
     async def end(self, sheltered: Sheltered, remote: Address) -> None:
         assert remote == NSG.address
         self.order.append("over")
+        if self.fails == "end":
+            raise KernelError("no policies")
 
 
 @pytest.mark.parametrize("moves", [True, False])
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", ["", "begin", "end"])
 def test_charon_gets_the_request_when_packets_are_sheltered(
-    monkeypatch: pytest.MonkeyPatch, moves: bool, fails: bool
+    caplog: pytest.LogCaptureFixture, moves: bool, fails: str
 ) -> None:
     """And whatever goes wrong with that."""
+    caplog.set_level(logging.INFO)
 
     async def scenario() -> None:
         node, order = Node(a_node_context()), list[str]()
@@ -167,8 +171,10 @@ def test_charon_gets_the_request_when_packets_are_sheltered(
         watch._shelter = Shelters(order, fails)  # type: ignore[assignment]
         watch._asked(node.sa, Asked(NSG, moves, (), message_id=4))
         await asyncio.gather(*watch._work)
-        sheltered = moves and not fails
+        sheltered = moves and fails != "begin"
         assert order == (["sheltered", "charon has it", "over"] if sheltered else ["charon has it"])
         assert (requests._remotes == {node.sa: NSG.address}) is moves
+        assert ("packets may be lost" in caplog.text) is (moves and fails != "")
+        assert "SPIs" not in caplog.text
 
     do(scenario())
