@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -19,11 +18,7 @@ POLICIES = {os.SCHED_OTHER: "like others", os.SCHED_FIFO: "real-time", os.SCHED_
 
 
 def host(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
-    """This machine: `cpu` (its model), `cores`, `kernel`; how what runs here is `scheduled`; its `python`.
-
-    Of Python also whether it was built with a profile (--enable-optimizations, as Debian's is): one built
-    without takes a tenth more for a move.
-    """
+    """This machine: `cpu` (its model), `cores`, `kernel`; how what runs here is `scheduled`; `python`."""
     try:
         told = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:
@@ -32,13 +27,12 @@ def host(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
     model = told[1].strip().replace("/", "-") if told else platform.machine()
     policy = POLICIES.get(os.sched_getscheduler(0), "otherwise")
     scheduled = f"{policy}, on {len(os.sched_getaffinity(0))}"
-    profiled = "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS"))
     return {
         "cpu": model,
         "cores": os.cpu_count() or 1,
         "kernel": platform.release(),
         "scheduled": scheduled,
-        "python": f"{platform.python_version()}, built {'with' if profiled else 'without'} a profile",
+        "python": platform.python_version(),
     }
 
 

@@ -117,8 +117,7 @@ def _machines(summary: Mapping[str, Any]) -> Iterable[str]:
         "longer between cores. Agents and charons ask often, so their part of a gap is longer there than "
         "where the own kernel has ESP. In *virtual time* the clock stands still while any program runs, "
         "and jumps to the next timer while all wait: round trips, timers and pauses are left, exact and "
-        "the same in every run. A real machine is between the two. A Python built with a profile "
-        "(`--enable-optimizations`; Debian's is) takes about a tenth less CPU time for a move."
+        "the same in every run. A real machine is between the two."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from pathlib import Path
 
 from ikectx_cli.lab.machine import here, host
@@ -17,9 +16,7 @@ def test_the_machine_by_its_cpu_and_kernel(tmp_path: Path) -> None:
     assert told["cpu"] == "Some CPU w- cores @ 2 GHz"
     assert told["kernel"] == platform.release() and told["cores"] >= 1
     assert told["scheduled"].endswith(f", on {len(os.sched_getaffinity(0))}")
-    assert re.fullmatch(
-        rf"{re.escape(platform.python_version())}, built with(out)? a profile", told["python"]
-    )
+    assert told["python"] == platform.python_version()
     assert host(tmp_path / "none")["cpu"] == platform.machine()
 
 
