@@ -294,9 +294,7 @@ class Net:
         return delay <= 0 or run(words, check=False).returncode == 0
 
     def restore(self) -> None:
-        """Puts back what a scenario may have changed: addresses, routes, filters (not the gateways')."""
-        for host in (*MOBILES, "core", "srv"):
-            run([*self.enter(host), "nft", "flush", "ruleset"], check=False)
+        """Puts back what a scenario may have changed: addresses, routes, filters (not those of agents)."""
         for host in HOSTS:
             lines = [line for line in self._addresses(host) if not line.startswith("link add")]
             script = KEEP_LINKS if host in GATEWAYS else FLUSH

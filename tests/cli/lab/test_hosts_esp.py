@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from ikectx_cli.lab.hosts import of_sas
+from ikectx_cli.lab.restoring import MADE
 from tests.netns import Namespace
 
 pytestmark = pytest.mark.kernel_esp
@@ -27,3 +30,15 @@ def test_sas_and_policies_are_both_seen() -> None:
         assert "spi 0x00001001" in seen and "dir out" in seen
         host.run("ip xfrm state flush")
         assert "spi 0x00001001" not in (seen := of_sas(())) and "dir out" in seen
+
+
+def test_agents_keep_their_tables_when_a_network_is_put_back() -> None:
+    host = Namespace()
+    with host.entered():
+        for table in ("inet ikectx", "ip nat", "inet ikectx_esp", "inet cut"):
+            host.run(f"nft add table {table}")
+        subprocess.run(["sh", "-c", MADE], check=True)
+        assert host.run("nft list tables").splitlines() == [
+            "table inet ikectx",
+            "table inet ikectx_esp",
+        ]
