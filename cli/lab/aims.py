@@ -53,6 +53,8 @@ def _times(virtual: float, real: float) -> Aim:
 
 INTERVAL_MS = 5.0
 """Of the probe, if nobody wants another one."""
+BESIDE_OTHERS = 1.2
+"""A gap beside many other SAs is to be at most so many times that beside the fewest."""
 HELD = "predictive-held"
 
 _NONE = Aim(0, 0)

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from . import guest as lab_guest
-from .aims import figures
+from .aims import BESIDE_OTHERS, figures
 from .bench import by_name
 from .config import Tunnel
 from .emptying import Say
@@ -24,7 +24,6 @@ from .fleet import SEGMENTS, crowd, prepare
 from .hosts import Lab
 from .machine import host
 from .net import GATEWAYS
-from .page_others import AIM
 from .run import ScenarioRunner
 from .scenario import Scenario
 from .start import CROWDED_MIB
@@ -137,13 +136,13 @@ def medians(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows, each with how many times the gaps of its mode beside the fewest others its own are, and
-    whether that is `AIM` at most."""
+    whether that is `BESIDE_OTHERS` at most."""
     first: dict[str, Mapping[str, Any]] = {}
     found = []
     for row in rows:
         base = first.setdefault(row["mode"], row)
         times = {way: _times(row[way], base[way]) for way in ("up", "down")}
-        reached = all(one is not None and one <= AIM for one in times.values())
+        reached = all(one is not None and one <= BESIDE_OTHERS for one in times.values())
         found.append({**row, "times": times, "reached": reached})
     return found
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .aims import BESIDE_OTHERS
 from .page_parts import UNKNOWN, by_host, cell, table
-
-AIM = 1.2
-"""A gap beside many others is to be at most so many times that beside the fewest."""
 
 HOSTS = ("psg", "nsg", "mn")
 
@@ -34,9 +32,9 @@ def beside(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield (
         "*up, down*: the longest gap beyond what the link itself was dark in the same run, with the probe's "
         "own interval in it. *times the first*: how many times that beside the fewest others; the aim is "
-        f"{AIM:g} (≤: reached, >: not). CPU is the user and system time of the processes from the request "
-        "until the move has ended. charon has 16 HA segments (`segment_count`): when an SA becomes active, "
-        "those of its segment are passive for a moment. In a push with ESP in user space the mobile node "
+        f"{BESIDE_OTHERS:g} (≤: reached, >: not). CPU is the user and system time of the processes from the "
+        "request until the move has ended. charon has 16 HA segments (`segment_count`): when an SA becomes "
+        "active, those of its segment are passive for a moment. In a push with ESP in user space the mobile node "
         "takes nothing from the new gateway before it has rekeyed its CHILD_SA, for which that gateway's "
         "charon has to be active."
     )
@@ -61,4 +59,4 @@ def _row(row: Mapping[str, Any]) -> Sequence[object]:
 def _times(times: float | None) -> str:
     if times is None:
         return UNKNOWN
-    return f"{times:.2f} {'≤' if times <= AIM else '>'} {AIM:g}"
+    return f"{times:.2f} {'≤' if times <= BESIDE_OTHERS else '>'} {BESIDE_OTHERS:g}"
