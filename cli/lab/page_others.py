@@ -30,13 +30,13 @@ def beside(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             map(_row, in_order(one["rows"])),
         )
     yield (
-        "*up, down*: the longest gap beyond what the link itself was dark in the same run, with the probe's "
-        "own interval in it. *times the first*: how many times that beside the fewest others; the aim is "
-        f"{BESIDE_OTHERS:g} (≤: reached, >: not). CPU is the user and system time of the processes from the "
-        "request until the move has ended. charon has 16 HA segments (`segment_count`): when an SA becomes "
-        "active, those of its segment are passive for a moment. In a push with ESP in user space the mobile node "
-        "takes nothing from the new gateway before it has rekeyed its CHILD_SA, for which that gateway's "
-        "charon has to be active."
+        "*up, down*: the longest gap beyond what the link itself was dark in the same run, with the "
+        "probe's own interval in it. *times the first*: how many times that beside the fewest others; "
+        f"the aim is {BESIDE_OTHERS:g} (≤: reached, >: not). CPU is the user and system time of the "
+        "processes from the request until the move has ended. charon has 16 HA segments "
+        "(`segment_count`): when an SA becomes active, those of its segment are passive for a moment. In "
+        "a push with ESP in user space the mobile node takes nothing from the new gateway before it has "
+        "rekeyed its CHILD_SA, for which that gateway's charon has to be active."
     )
 
 

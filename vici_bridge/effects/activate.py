@@ -86,9 +86,19 @@ async def _established(host: CharonHost, here: IkeContext) -> SaView:
         if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
             return view
         if loop.time() > end:
-            raise CharonError("charon did not activate the SA")
+            raise CharonError(
+                f"charon did not activate the SA of {here.remote.address} in {INSTALL_TIMEOUT:g} s",
+                hint="look into charon's log; charon.plugins.ha must be as the README's ha.conf",
+            )
         if loop.time() > missed:
             missed = math.inf
+            log.warning(
+                "charon did not activate the SA of %s by its HA segment in %g s, so all segments are toggled "
+                "now, and the other SAs do not answer IKE for a moment: is [charon] segments in ikectx.toml "
+                "(without it: strongswan.conf when the agent started) the segment_count that charon has?",
+                here.remote.address,
+                MISSED,
+            )
             await host.segments.activate()
         # charon needs some 0.1 ms; asyncio has no pause between nothing and 1 ms
         await asyncio.sleep(0 if looks < AT_ONCE else min(0.001 * 1.5 ** (looks - AT_ONCE), 0.05))
