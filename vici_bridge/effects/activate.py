@@ -3,9 +3,14 @@
 1. Repeat steps of `take`, for an agent that began anew, and if packets could not be led here before.
 2. Give charon the message IDs, and make it active by the toggle. It is still muted.
 3. Note what follows from serving the SA: lifetimes, limits, the SPIs for an answer, gateways to notify,
-   blocks for its end. Then mark the row "active": message IDs are not set back after that.
+   blocks for its end, and that the updown script will be called (5). Then mark the row "active": message IDs
+   are not set back after that.
 4. Unmute charon, and give it the mobile node's requests from the time before.
-5. Delete the plan of new names: once it is gone, undo must not remove an SA with this name. The SA serves
+5. Lead packets for the mobile node here by the updown script, if `take` did not. It comes last because it
+   takes as long as it likes, and the mobile node has no answer before 4. The other gateway sends packets on
+   until it knows that this step has ended. A script that cannot be started (no descriptors, no helper) is
+   tried again until it can; one that hangs is not waited for.
+6. Delete the plan of new names: once it is gone, undo must not remove an SA with this name. The SA serves
    without it, so an error is only logged.
 """
 
@@ -30,7 +35,7 @@ from .coming import SCRIPT_LIMIT, Coming, now
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
 from .speaking import tell_ids
-from .take import converge, leads_here, open_way, script_up, will_lead
+from .take import converge, lead, open_way, will_lead
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +48,6 @@ AT_ONCE = 3
 
 def _inactive(work: Coming) -> bool:
     return work.facts.stage == "installing"
-
-
-def _leads(work: Coming) -> bool:
-    return _inactive(work) and leads_here(work)
-
-
-async def _look(work: Coming) -> Facts:
-    await work.view()
-    return will_lead(work)
 
 
 async def _message_ids(work: Coming) -> None:
@@ -115,7 +111,8 @@ async def _note(work: Coming) -> Facts:
     host.follow.serves(shape.spis, here)
     view = work.listed or await work.view()
     host.away.behind.stand(here, {child.reqid for child in view.children})
-    return {"stage": "active", **_names(here, work.plan)}
+    leads = {} if work.facts.drawn == "done" else will_lead(view)
+    return {"stage": "active", **leads, **_names(here, work.plan)}
 
 
 def _names(here: IkeContext, plan: Plan | None) -> Facts:
@@ -177,25 +174,45 @@ async def _deliver(work: Coming) -> None:
         log.debug("%s: charon has what the MN asked meanwhile", work.here.remote_id)
 
 
+async def _script_up(work: Coming) -> Facts:
+    """Errors: NotStarted, CharonError."""
+    tried = work.gone is not None
+    work.gone = work.gone or work.shape  # the script is told these names, also if it is tried again later
+    if tried and await work.host.view(work.gone.spis) is None:
+        return {}  # it has left or ended meanwhile
+    return await lead(work)
+
+
 async def _forget(work: Coming) -> Facts:
     if work.sa in work.memory.asked:
         work.host.agents.note(work.here.remote_id)  # the mobile node has an agent, which knows UPDATE_SPI
     work.renames.forget(work.here)
-    return {"stage": "imported", "since": now(), "drawn": "", "reqids": (), "tags": (), "unique_id": 0}
+    over: dict[str, object] = {"stage": "imported", "since": now(), "drawn": ""}
+    if work.host.coming.of(work.sa).later:
+        return over  # a script that is to be called needs the rest
+    return {**over, "reqids": (), "tags": (), "unique_id": 0}
 
 
 ACTIVATE: LedgerStep[Coming] = LedgerStep(
     "activate",
     (
         StepEffect("new names", converge, when=_inactive),
-        StepEffect("charon has it", _look, when=_leads),
-        StepEffect("way", open_way, when=_leads),
-        StepEffect("script up", script_up, when=_leads, limit=SCRIPT_LIMIT + 5.0),
+        StepEffect("way", open_way, when=_inactive),
         StepEffect("message IDs", _message_ids, when=_inactive),
         StepEffect("charon is active", _toggle, when=_inactive),
         StepEffect("what follows is noted", _note, when=_inactive),
         StepEffect("charon speaks", _speak),
         StepEffect("what was kept is heard", _deliver, needed=False),
+        StepEffect(
+            "script up",
+            _script_up,
+            when=lambda work: work.facts.drawn == "begun",
+            limit=SCRIPT_LIMIT + 5.0,
+            needed=False,
+            later=True,
+            endless=True,
+            soon=True,
+        ),
         # written together with the journal's next state, which says that the SA is owned
         StepEffect("names are over", _forget, needed=False),
     ),

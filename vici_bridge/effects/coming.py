@@ -121,9 +121,9 @@ class Coming:
     """One SA in one step.
 
     look, taken: charon's state, and the names that are taken, when it is prepared. final, report: the other
-    gateway's final state, and the cost of the exchange with the mobile node. activates: this is the last
-    step. listed: charon's last view of it. gone: the SA in charon before that was undone. drawn_before: the
-    progress of the updown script when this step began.
+    gateway's final state, and the cost of the exchange with the mobile node. listed: charon's last view of
+    it. gone: the SA as it was in charon, for a script that is called when that is undone, or later.
+    drawn_before: the progress of the updown script when this step began.
     """
 
     host: CharonHost
@@ -137,7 +137,6 @@ class Coming:
     taken: Taken = field(default_factory=Taken)
     final: FinalState | None = None
     report: MoveReport = field(default_factory=MoveReport)
-    activates: bool = False
     listed: SaView | None = None
     gone: IkeContext | None = None
     drawn_before: Drawn = "begun"
@@ -146,6 +145,12 @@ class Coming:
     def facts(self) -> TargetFacts:
         """The facts in its row."""
         return self.host.coming.of(self.sa).facts
+
+    @property
+    def waits(self) -> bool:
+        """Whether the mobile node has moved by itself, and waits for an answer of this gateway (or of charon
+        here)."""
+        return self.sa in self.memory.asked or self.sa in self.memory.recorders
 
     @property
     def plan(self) -> Plan | None:

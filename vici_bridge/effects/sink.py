@@ -2,7 +2,8 @@
 
 The order is the one that the ha plugin needs: checks, IKE_ADD(s), IKE_UPDATE, CHILD_ADDs while PASSIVE,
 replay state into the kernel, then (when the other side has let go) final counters, routes and updown, the
-exchange with the mobile node, message IDs, and the segment toggle. Each step is verified, not assumed.
+exchange with the mobile node, message IDs, and the segment toggle. Each step is verified, not assumed. A
+mobile node that waits for an answer does not wait for updown (`activate`).
 
 The toggle activates every PASSIVE SA, also those that are not ours yet or whose mobile node is just being
 asked. So an SA is muted before charon has it, until all of this is done: charon neither receives nor sends
@@ -113,7 +114,7 @@ class CharonSink(ContextSink):
             keep_packets()
         self._early.sweep()
         self._renames.resume()
-        self._runner.resume(lambda sa, shape: self._coming(shape, shape, sa=sa))
+        self._runner.resume(lambda sa, shape: self._coming(shape, shape, sa=sa, gone=shape))
 
     def came_from(self, context: IkeContext, peer: str) -> None:
         """See `ContextSink.came_from`."""
@@ -473,7 +474,7 @@ class CharonSink(ContextSink):
         """See `ContextSink.activate`."""
         if self._host.coming.of(context.spis).facts.stage == "imported":
             return  # message IDs have advanced since
-        work = self._coming(context, final=final, report=report, activates=True)
+        work = self._coming(context, final=final, report=report)
         await self._runner.run(ACTIVATE, work)
         self._memory.forget(context.spis)
         self._early.end_soon(context.spis)

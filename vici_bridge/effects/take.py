@@ -4,9 +4,10 @@
    (`renames`).
 2. Write the final sequence numbers and windows into the kernel.
 3. Verify that charon still has the SA, and note that the updown script will be called.
-4. Lead packets for the mobile node here by the script, unless this gateway cannot send them before the mobile
-   node knows new SPIs; then that is done by `activate`. A script that cannot be started undoes the transfer,
-   because an SA without packets is not served; one that hangs is not waited for.
+4. Lead packets for the mobile node here by the script, unless the mobile node waits for an answer, or this
+   gateway cannot send packets before the mobile node knows new SPIs: then `activate` does that. A script that
+   cannot be started undoes the transfer, because an SA without packets is not served; one that hangs is not
+   waited for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 from ikectx.sa.context import IkeContext
 from ikectx.within import Limit
 from vici_bridge.updown import NotStarted
+from vici_bridge.vici.views import SaView
 
 from .coming import SCRIPT_LIMIT, Coming
 from .leaving import numbers_of
@@ -52,14 +54,15 @@ async def _look(work: Coming) -> Facts | None:
     """What charon said when it had installed the SA will do, if that was just now."""
     work.listed = await work.host.recent_view(work.shape.spis) or await work.view()
     work.memory.seen.add(work.sa)
-    return will_lead(work) if leads_here(work) else None
-
-
-def will_lead(work: Coming) -> Facts:
-    """The facts to note before the updown script is called with "up"."""
-    assert work.listed is not None
+    if not _leads_now(work):
+        return None
     work.drawn_before = work.facts.drawn
-    return {**numbers_of(work.listed), "drawn": "begun"}
+    return will_lead(work.listed)
+
+
+def will_lead(view: SaView) -> dict[str, object]:
+    """The facts to note before the updown script is called with "up"."""
+    return {**numbers_of(view), "drawn": "begun"}
 
 
 async def _origin(work: Coming) -> None:
@@ -70,9 +73,14 @@ async def _origin(work: Coming) -> None:
         work.host.origins.came(work.context, peer, work.shape.spis, relayed=relayed)
 
 
-def leads_here(work: Coming) -> bool:
-    """Whether packets for the mobile node should be led here now, and are not yet."""
-    return work.facts.drawn != "done" and (work.activates or not work.renames.others_send(work.here))
+def _sends(work: Coming) -> bool:
+    return not work.renames.others_send(work.here)
+
+
+def _leads_now(work: Coming) -> bool:
+    """Whether the script is called before the mobile node is told anything: a device that it makes must be
+    there when packets come."""
+    return work.facts.drawn != "done" and not work.waits and _sends(work)
 
 
 async def open_way(work: Coming) -> None:
@@ -80,19 +88,24 @@ async def open_way(work: Coming) -> None:
     work.host.away.opens(work.shape)
 
 
-async def script_up(work: Coming) -> Facts:
+async def lead(work: Coming) -> Facts:
     """Have the updown script attract packets for the mobile node. Errors: NotStarted, if it cannot be
     started."""
     try:
         with Limit(SCRIPT_LIMIT):
             await work.script(up=True)
+    except TimeoutError:
+        log.warning("%s: the updown script hangs, it is not waited for", work.context.connection)
+    return {"drawn": "done"}
+
+
+async def _script_up(work: Coming) -> Facts:
+    try:
+        return await lead(work)
     except NotStarted as error:
         if not error.began:
             work.host.coming.note(work.sa, drawn=work.drawn_before)  # there is nothing to undo
         raise
-    except TimeoutError:
-        log.warning("%s: the updown script hangs, it is not waited for", work.context.connection)
-    return {"drawn": "done"}
 
 
 TAKE: LedgerStep[Coming] = LedgerStep(
@@ -102,7 +115,7 @@ TAKE: LedgerStep[Coming] = LedgerStep(
         StepEffect("numbers", _numbers, when=lambda work: work.host.kernel is not None),
         StepEffect("charon has it", _look),
         StepEffect("origin", _origin),
-        StepEffect("way", open_way, when=leads_here),
-        StepEffect("script up", script_up, when=leads_here, limit=SCRIPT_LIMIT + 5.0),
+        StepEffect("way", open_way, when=_sends),
+        StepEffect("script up", _script_up, when=_leads_now, limit=SCRIPT_LIMIT + 5.0),
     ),
 )

@@ -37,7 +37,8 @@ STEPS = {"prepare": PREPARE, "take": TAKE, "activate": ACTIVATE, "undo": UNDO}
 
 @dataclass
 class Gateway:
-    """nSG, whose agent may be another. `variant`: which SPIs of the SA are taken here, or none."""
+    """nSG, whose agent may be another. `variant`: which SPIs of the SA are taken here, or none; "early": the
+    mobile node has announced itself; "asked": it waits for an answer."""
 
     variant: str
     here: Place = field(init=False)
@@ -49,7 +50,7 @@ class Gateway:
         self.here = place(late=0)
         self.context = a_context(1)
         self.here.mobiles.add(self.context)
-        if self.variant and self.variant != "early":
+        if self.variant not in ("", "early", "asked"):
             other = rival(self.context, self.variant, shared=self.variant == "outbound")
             self.here.mobiles.add(other)
             self.here.charon.serve(other)
@@ -80,10 +81,11 @@ class Gateway:
                     await sink.ready(context, False)
                     self.context = context = relocate(context, remote=Endpoint.of("198.51.100.77", 4500))
                     self.here.mobiles.add(context)
+                sink.tell_later(context, self.variant == "asked")
                 await sink.prepare(context, False)
             case "take":
                 await sink.take(context, final)
-            case "move":
+            case "move" if self.variant != "asked":
                 self.report = await sink.move_peer(context, final)
             case "activate":
                 await sink.activate(context, final, self.report)
@@ -133,7 +135,9 @@ async def killed(
                 drew = there.scripts.count("up")
                 assert there.scripts == ["up"] * drew + ["down"] * (drew + twice)
         else:
-            again = effect == "script up" and after
+            # that it has ended is written with what follows at once
+            last = variant in ("outbound", "asked") and effect == "names are over"
+            again = (effect == "script up" and after) or last
             assert there.scripts == ["up"] * (1 + again)
         there.here.sound()
         assert not [sa for sa in there.here.sad.sas.values() if is_early(sa)]
@@ -151,6 +155,7 @@ def hushed(here: Place) -> list[KernelPolicy]:
 VARIANTS = [
     *((step, variant, "activate") for step in ("prepare", "take", "activate") for variant in ("", "inbound")),
     ("activate", "outbound", "activate"),
+    *((step, "asked", "activate") for step in ("take", "activate")),
     ("prepare", "ike", "activate"),
     *((step, "early", "activate") for step in ("prepare", "take", "activate")),
     *(

@@ -707,30 +707,116 @@ def test_what_is_undone_before_the_mn_was_told_has_drawn_nothing() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("kinds", [(), ("outbound",)], ids="-".join)
-def test_no_sa_is_owned_without_its_updown_script(
-    kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_sa_is_owned_without_its_updown_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without descriptors for it, what is being taken is undone, and needs no script for that."""
 
     async def scenario() -> None:
         here = place(updown={"home": f'echo "$PLUTO_VERB" >> {tmp_path}/ran'})
         context = a_context(1)
         here.mobiles.add(context)
-        if kinds:
-            here.charon.serve(rival(context, *kinds, shared=True))
         final = final_of(context)
         monkeypatch.setattr(os, "posix_spawn", no_descriptors)
         await here.sink.prepare(context, False)
         with pytest.raises(KernelError, match=r"updown script .* cannot be started: Too many open files"):
             await here.sink.take(context, final)
-            report = await here.sink.move_peer(context, final)
-            await here.sink.activate(context, final, report)
         await here.sink.undo(context)
         assert not (tmp_path / "ran").exists()
         assert context.spis not in [view.spis for view in here.charon.views()]
 
     run(scenario())
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_mobile_node_that_waits_for_an_answer_does_not_wait_for_the_script(waits: bool) -> None:
+    """One that is told by this gateway may send at once, so a device that the script makes must be there."""
+
+    async def scenario() -> None:
+        here = place()
+        done: list[str] = []
+        tell, speak = here.sink._mover, here.host.carried_out
+
+        async def updown(context: IkeContext, *, up: bool, **more: Any) -> None:
+            done.append("script")
+
+        async def carried_out() -> None:
+            done.append("charon speaks")
+            await speak()
+
+        async def mover(*args: Any) -> MoveReport:
+            done.append("the mobile node is told")
+            return await tell(*args)
+
+        here.host.updown = updown  # type: ignore[method-assign]
+        here.host.carried_out = carried_out  # type: ignore[method-assign]
+        here.sink._mover = mover
+        context = a_context(1)
+        here.mobiles.add(context)
+        if waits:
+            here.sink.tell_later(context)
+        final = final_of(context)
+        await here.sink.prepare(context, False)
+        await here.sink.take(context, final)
+        report = MoveReport() if waits else await here.sink.move_peer(context, final)
+        await here.sink.activate(context, final, report)
+        told = ["script", "the mobile node is told", "charon speaks"]
+        assert done == (["charon speaks", "script"] if waits else told)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_script_that_cannot_be_started_is_started_when_it_can_be(
+    waits: bool, restarted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no descriptors for it. The SA is served meanwhile, and the script gets its numbers then."""
+    monkeypatch.setattr(runner_module, "AGAIN", (0.05, 0.05))
+    monkeypatch.setattr(runner_module, "ENDLESS", 0.05)
+
+    async def scenario() -> None:
+        here = place(updown={"home": f'echo "$PLUTO_VERB $PLUTO_REQID" >> {tmp_path}/ran'})
+        context = a_context(1)
+        here.mobiles.add(context)
+        if waits:
+            here.sink.tell_later(context)
+        else:  # no packet can be sent before the mobile node knows another SPI
+            here.charon.serve(rival(context, "outbound", shared=True))
+        with monkeypatch.context() as without:
+            without.setattr(os, "posix_spawn", no_descriptors)
+            await move(here, context)
+            assert here.host.coming.of(context.spis).later == ("script up",)
+            await asyncio.sleep(0.3)  # it is tried in vain
+        if restarted:
+            here.store.flush()  # with the journal's next state
+            for task in list(here.host._tasks):
+                task.cancel()
+            here.begin()
+            here.sink.resume()
+        await until(lambda: not any(row.later for row in here.host.coming.all()))
+        reqid = here.charon.views()[-1].children[0].reqid
+        assert (tmp_path / "ran").read_text() == f"up-client {reqid}\n"
+
+    asyncio.run(scenario())  # a script is a process, which takes real time
+
+
+def test_a_script_that_cannot_be_started_is_not_for_an_sa_that_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "AGAIN", (0.05, 0.05))
+
+    async def scenario() -> None:
+        here = place(updown={"home": f'echo "$PLUTO_VERB" >> {tmp_path}/ran'})
+        context = a_context(1)
+        here.mobiles.add(context)
+        here.sink.tell_later(context)
+        with monkeypatch.context() as without:
+            without.setattr(os, "posix_spawn", no_descriptors)
+            await move(here, context)
+        here.charon.sas.clear()
+        await until(lambda: not any(row.later for row in here.host.coming.all()))
+        assert not (tmp_path / "ran").exists()
+
+    asyncio.run(scenario())
 
 
 def test_a_script_that_cannot_be_run_for_an_undo_is_run_later(
