@@ -114,7 +114,10 @@ class Stop:
 
     def go_on(self) -> None:
         """An agent that stands there, and lives, goes on. If nobody stands there: nobody will."""
-        (self._folder / "want").unlink(missing_ok=True)
+        try:
+            (self._folder / "want").unlink()
+        except FileNotFoundError:  # the agent has taken it, and says so at once if it lives
+            self._told.wait(5)
         with contextlib.suppress(OSError):  # nobody waits for that
             os.close(os.open(self._folder / "go", os.O_WRONLY | os.O_NONBLOCK))
         if not self._told.is_set():

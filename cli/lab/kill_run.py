@@ -127,11 +127,12 @@ class KillRunner(ScenarioRunner):
         stop.arm()
         move = self._move_of(one.point.mode)
         try:
-            if stop.wait(REACHED):
+            there = stop.wait(REACHED)
+            if there:
                 self._say(f"{self._fault.what} for {one.seconds:g} s")
                 fault.strike()
             stop.go_on()
-            if not stop.reached:
+            if not there:
                 raise StepError(f"{one.point.host} never came to {one.point.name}: {self._move_said()}")
             time.sleep(one.seconds)
             fault.end()

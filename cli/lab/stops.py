@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import os
 import runpy
+import select
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -52,8 +53,15 @@ def reach(folder: Path, point: str) -> None:
         want.unlink()
     except FileNotFoundError:
         return
-    (folder / "stopped").write_text(point)
-    (folder / "go").read_text()
+    # opened first, because the lab may let it go on as soon as it has read where it stopped
+    go = os.open(folder / "go", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        (folder / "stopped").write_text(point)
+        poll = select.poll()
+        poll.register(go, 0)  # POLLHUP: somebody has opened and closed it
+        poll.poll()
+    finally:
+        os.close(go)
 
 
 def watch(folder: Path) -> None:
