@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Mapping
 
 from ikectx.within import Limit
@@ -34,11 +35,14 @@ _ANSWER = 6 * LONGEST + 256
 PATIENCE = 5.0
 """Seconds that a request may take to arrive."""
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_PLAIN = re.compile(r"/[\w./+-]+( [\w./:=,@%+-]+)*", re.ASCII)
+"""A script that means the same to the kernel as to a shell."""
 _VARIABLE = re.compile(r"PLUTO_[A-Z0-9_]{1,64}|IKECTX_TRANSFER")
 
 
 async def execute(script: str, env: Mapping[str, str]) -> tuple[int, bytes]:
-    """Run a script by a shell, with PATH, these variables and charon's umask: its exit code and output.
+    """Run a script, by a shell where it needs one, with PATH, these variables and charon's umask: its exit
+    code and output.
 
     Errors: OSError if it could not be started; TimeoutError; ValueError for a variable that cannot be in an
     environment.
@@ -46,11 +50,11 @@ async def execute(script: str, env: Mapping[str, str]) -> tuple[int, bytes]:
     out, theirs = os.pipe()
     try:
         try:
-            pid = _start(script, env, theirs)
+            process = _start(script, env, theirs)
         finally:
             os.close(theirs)
         os.set_blocking(out, False)
-        return await _ended(pid, out)
+        return await _ended(process, out)
     finally:
         os.close(out)
 
@@ -146,32 +150,33 @@ def _read(line: bytes) -> tuple[str, dict[str, str]]:
 # --- processes ---------------------------------------------------------------------------------------------
 
 
-def _start(script: str, env: Mapping[str, str], out: int) -> int:
-    """Start a script with its output to that descriptor, in a session of its own, and return its process.
+def _start(script: str, env: Mapping[str, str], out: int) -> subprocess.Popen[bytes]:
+    """Start a script with its output to that descriptor, in a session of its own.
 
-    asyncio's own subprocesses have three transports each, and before Python 3.12 a thread.
+    A path with plain arguments needs no shell of its own, which takes as long as a short script. The shell
+    says what is wrong with a file that cannot be run. asyncio's own subprocesses have three transports each,
+    and before Python 3.12 a thread.
     """
-    return os.posix_spawn(
-        _SHELL,
-        [_SHELL, "-c", f"umask {UMASK:03o}\n{script}"],
-        {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), **env},
-        file_actions=[
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_DUP2, out, 1),
-            (os.POSIX_SPAWN_DUP2, out, 2),
-        ],
-        setsid=True,
-        setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # which Python ignores
-    )
+    env = {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), **env}
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            words,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            umask=UMASK,
+        )
+
+    if _PLAIN.fullmatch(script):
+        with contextlib.suppress(OSError):  # a file without `#!`, or none
+            return start(*script.split())
+    return start(_SHELL, "-c", script)
 
 
-def _exit_code(pid: int) -> int | None:
-    """None: it runs."""
-    found, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if found else None
-
-
-async def _ended(pid: int, out: int) -> tuple[int, bytes]:
+async def _ended(process: subprocess.Popen[bytes], out: int) -> tuple[int, bytes]:
     """The exit code and output of a process that has ended. Errors: TimeoutError.
 
     If the wait ends early (also because the step of the transfer was cancelled) the process is ended with all
@@ -182,13 +187,13 @@ async def _ended(pid: int, out: int) -> tuple[int, bytes]:
     try:
         with Limit(TIMEOUT):
             octets = await _output(out)
-            code = await _end(pid)
+            code = await _end(process)
         return code, octets
     finally:
         if code is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-            await _end(pid)
+                os.killpg(process.pid, signal.SIGKILL)
+            await _end(process)
 
 
 async def _output(out: int) -> bytes:
@@ -211,10 +216,10 @@ async def _output(out: int) -> bytes:
         await asyncio.sleep(0)  # a script may write as fast as this reads
 
 
-async def _end(pid: int) -> int:
+async def _end(process: subprocess.Popen[bytes]) -> int:
     """The exit code of a process that ends; mostly it has, because that closes its output."""
     pause = 0.0
-    while (code := _exit_code(pid)) is None:
+    while (code := process.poll()) is None:
         await asyncio.sleep(pause)
         pause = min(pause + 0.001, 0.05)
     return code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from ikectx.errors import KernelError
 from ikectx.numbers import IdType
 from ikectx.sa.context import Address, Identity, IkeContext
 from tests.peers import a_context
+from vici_bridge import updown_helper
 from vici_bridge.updown import Script, Scripts, run_updown
 
 
@@ -47,7 +49,7 @@ def test_a_script_that_cannot_be_started_is_an_error(error: int, monkeypatch: py
     def none(*_: object, **more: object) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(os, "posix_spawn", none)
+    monkeypatch.setattr(subprocess, "Popen", none)
     with pytest.raises(KernelError, match="the updown script true cannot be started") as caught:
         call("true")
     assert caught.value.errno == error and "LimitNOFILE" in caught.value.hint
@@ -76,6 +78,47 @@ def test_b24_the_umask_is_charons_not_the_agents(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("head", ["#!/bin/sh\n", ""])
+def test_a_plain_path_is_run_without_a_shell_if_it_can_be(head: str, tmp_path: Path) -> None:
+    """A shell of its own takes as long as a short script. Only a shell runs a file that names no program."""
+    script = tmp_path / "up+down.sh"
+    script.write_text(head + f'echo "$PLUTO_VERB $*" >> {tmp_path}/ran; echo $PPID > {tmp_path}/parent\n')
+    script.chmod(0o755)
+    call(f"{script} --table 5 key=a:b")
+    assert (tmp_path / "ran").read_text() == "up-client --table 5 key=a:b\n"
+    assert (tmp_path / "ran").stat().st_mode & 0o777 == 0o644
+    if head:
+        assert (tmp_path / "parent").read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize(
+    "quoted", ["$PLUTO_VERB", "'a  b'", "~", "a*", "x; false", "`id`", "a\\b", "x > /dev/null"]
+)
+def test_what_a_shell_would_change_is_for_a_shell(quoted: str, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text('#!/bin/sh\necho got "$@"\n')
+    script.chmod(0o755)
+    env = {"PLUTO_VERB": "up-client", "HOME": "/root"}
+    by_shell = subprocess.run(
+        ["/bin/sh", "-c", f"{script} {quoted}"], env={**os.environ, **env}, capture_output=True, check=False
+    )
+    code, out = asyncio.run(updown_helper.execute(f"{script} {quoted}", env))
+    assert (code, out) == (by_shell.returncode, by_shell.stdout + by_shell.stderr)
+
+
+@pytest.mark.parametrize("mode", [0o644, None])
+def test_the_shell_says_what_is_wrong_with_a_file_that_is_no_program(
+    mode: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    if mode is not None:
+        (tmp_path / "script").write_text("#!/bin/sh\n")
+        (tmp_path / "script").chmod(mode)
+    call(f"{tmp_path}/script")
+    assert ("Permission denied" if mode else "not found") in caplog.text
+    assert f"exited with {126 if mode else 127}" in caplog.text
 
 
 def gone(pid: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
+import subprocess
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -715,7 +715,7 @@ def test_no_sa_is_owned_without_its_updown_script(tmp_path: Path, monkeypatch: p
         context = a_context(1)
         here.mobiles.add(context)
         final = final_of(context)
-        monkeypatch.setattr(os, "posix_spawn", no_descriptors)
+        monkeypatch.setattr(subprocess, "Popen", no_descriptors)
         await here.sink.prepare(context, False)
         with pytest.raises(KernelError, match=r"updown script .* cannot be started: Too many open files"):
             await here.sink.take(context, final)
@@ -782,7 +782,7 @@ def test_a_script_that_cannot_be_started_is_started_when_it_can_be(
         else:  # no packet can be sent before the mobile node knows another SPI
             here.charon.serve(rival(context, "outbound", shared=True))
         with monkeypatch.context() as without:
-            without.setattr(os, "posix_spawn", no_descriptors)
+            without.setattr(subprocess, "Popen", no_descriptors)
             await move(here, context)
             assert here.host.coming.of(context.spis).later == ("script up",)
             await asyncio.sleep(0.3)  # it is tried in vain
@@ -810,7 +810,7 @@ def test_a_script_that_cannot_be_started_is_not_for_an_sa_that_has_gone(
         here.mobiles.add(context)
         here.sink.tell_later(context)
         with monkeypatch.context() as without:
-            without.setattr(os, "posix_spawn", no_descriptors)
+            without.setattr(subprocess, "Popen", no_descriptors)
             await move(here, context)
         here.charon.sas.clear()
         await until(lambda: not any(row.later for row in here.host.coming.all()))
@@ -831,7 +831,7 @@ def test_a_script_that_cannot_be_run_for_an_undo_is_run_later(
         await here.sink.prepare(context, False)
         await here.sink.take(context, final_of(context))
         with monkeypatch.context() as without:
-            without.setattr(os, "posix_spawn", no_descriptors)
+            without.setattr(subprocess, "Popen", no_descriptors)
             await here.sink.undo(context)  # the other gateway does not wait for the script
         await until(lambda: not here.host.coming.all())
         up, down = (tmp_path / "ran").read_text().splitlines()
