@@ -116,7 +116,7 @@ class TransferConfig:
     prepare_timeout: float = 30.0
     mn_tries: int = 5
     mn_timeout: float = 0.5
-    concurrency: int = 16
+    concurrency: int = 32
     revocation_lists: tuple[Path, ...] = ()
     expired_lists: str = "refuse"
 

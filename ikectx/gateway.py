@@ -46,12 +46,14 @@ SLOW = 1.0
 """Seconds for SAs that begin to move together, before others begin beside those that are not there yet."""
 
 
-async def _room(moving: set[asyncio.Task[TransferReport]], most: int) -> set[asyncio.Task[TransferReport]]:
-    """Wait until half of the most that may move at a time can begin, or until one can after `SLOW` seconds.
-    Returns those that still move."""
+async def _room(
+    moving: set[asyncio.Task[TransferReport]], most: int, group: int
+) -> set[asyncio.Task[TransferReport]]:
+    """Wait until a group can begin beside those that move, or until one can after `SLOW` seconds. Returns
+    those that still move."""
     loop = asyncio.get_running_loop()
     end = loop.time() + SLOW
-    while len(moving) > most // 2:
+    while len(moving) > most - group:
         wait = max(0.0, end - loop.time()) if len(moving) < most else None
         done, moving = await asyncio.wait(moving, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
         if not done:
@@ -218,9 +220,9 @@ class Gateway:
     ) -> list[TransferReport]:
         """Move several SAs, `parallel` at a time; reports in the order of `sas`.
 
-        Half of them begin together, so that what each step asks of charon, the kernel and the disk is asked
-        once for several, and there is always something to do. Those that are still under way after `SLOW`
-        seconds do not hold up the next ones.
+        A quarter of them begin together, so that what each step asks of charon, the kernel and the disk is
+        asked once for several, and while some wait for their mobile nodes there is something to do for
+        others. Those that are still under way after `SLOW` seconds do not hold up the next ones.
 
         An error about one SA becomes its report. Errors: UsageError, StateError.
         """
@@ -237,14 +239,15 @@ class Gateway:
 
         left, begun = list(dict.fromkeys(sas)), list[asyncio.Task[TransferReport]]()
         most = max(1, parallel)
+        group = max(1, most // 4)
         moving = set[asyncio.Task[TransferReport]]()
         try:
             while left:
-                now = [asyncio.create_task(one(sa)) for sa in left[: most - len(moving)]]
+                now = [asyncio.create_task(one(sa)) for sa in left[: min(group, most - len(moving))]]
                 del left[: len(now)]
                 begun += now
                 moving.update(now)
-                moving = await _room(moving, most)
+                moving = await _room(moving, most, group)
             return list(await asyncio.gather(*begun))
         except asyncio.CancelledError:
             for task in begun:

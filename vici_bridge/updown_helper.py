@@ -166,6 +166,7 @@ def _start(script: str, env: Mapping[str, str], out: int) -> subprocess.Popen[by
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
+            close_fds=False,  # all others are closed by the exec
             start_new_session=True,
             umask=UMASK,
         )

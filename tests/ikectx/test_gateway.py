@@ -236,10 +236,12 @@ def test_one_connection_carries_both_directions() -> None:
     run(scenario())
 
 
-def test_the_next_sas_begin_when_half_of_those_that_move_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_sas_begin_when_a_quarter_of_those_that_move_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def scenario() -> None:
         async with world() as w:
-            sas = [w.a.daemon.serve(a_context(n, mn=f"198.51.100.{n}")) for n in range(1, 9)]
+            sas = [w.a.daemon.serve(a_context(n, mn=f"198.51.100.{n}")) for n in range(1, 13)]
             gates = {sa: asyncio.Event() for sa in sas}
             begun: list[SaName] = []
             freeze = w.a.daemon.freeze
@@ -250,14 +252,14 @@ def test_the_next_sas_begin_when_half_of_those_that_move_are_there(monkeypatch: 
                 return await freeze(context, *args, **named)
 
             monkeypatch.setattr(w.a.daemon, "freeze", waiting)
-            moving = asyncio.create_task(w.a.agent.transfer_all(sas, "b", parallel=4))
-            await until(lambda: len(begun) == 4)
+            moving = asyncio.create_task(w.a.agent.transfer_all(sas, "b", parallel=8))
+            await until(lambda: len(begun) == 8)
             gates[sas[0]].set()
             await until(lambda: sas[0] in w.b.daemon.served)
             await asyncio.sleep(0.1)
-            assert len(begun) == 4
+            assert len(begun) == 8
             gates[sas[1]].set()
-            await until(lambda: len(begun) == 6)
+            await until(lambda: len(begun) == 10)
             for gate in gates.values():
                 gate.set()
             assert {report.result for report in await moving} == {"moved"}
