@@ -101,7 +101,7 @@ class MoveMode:
     mobile: tuple[str, ...] = ()
     steps: tuple[str, ...] = ()
     messages: tuple[tuple[str, str, str], ...] = ()
-    without: tuple[str, ...] = ("release.relay",)
+    without: tuple[str, ...] = ("release.relay", "activate.script-up")
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -117,6 +117,8 @@ _WHOLE = (_TI.WHOLE, _TI.OK, _TI.OK, *_TAKEN)
 _TOLD = (("nsg", "Ike", "nsg"),)
 _ASKED = (("mn", "Ctar", "nsg"), ("nsg", "Ctaa", "mn"))
 _NODE = ("ahead", "quiet", "readdress", "loud")
+_MOVED = ("release.relay", "take.script-up")
+"""Not done for a mobile node that has moved by itself."""
 _DIVERTED = ("divert.policies-are-noted", "divert.esp-stops", "divert.that-is-noted")
 
 MODES: Mapping[str, MoveMode] = {
@@ -124,7 +126,9 @@ MODES: Mapping[str, MoveMode] = {
     "pull": MoveMode(
         "nsg asks for the SA", _PUSHED, (*_PREPARED, _TI.CTD, *_TAKEN), asks=True, messages=_TOLD
     ),
-    "relay": MoveMode("psg passes its packets on", _PUSHED, (*_PREPARED, _TI.CTD, *_TAKEN), without=()),
+    "relay": MoveMode(
+        "psg passes its packets on", _PUSHED, (*_PREPARED, _TI.CTD, *_TAKEN), without=("activate.script-up",)
+    ),
     "silent": MoveMode(
         "the MN does not hear nsg, and psg takes the SA back",
         (_SI.OK, _SI.ACCEPTED, _SI.OK, _SI.REJECTED, _SI.OK),
@@ -137,7 +141,7 @@ MODES: Mapping[str, MoveMode] = {
         (_TI.ANNOUNCE, _TI.OK, _TI.ARRIVED, _TI.OK, _TI.CTD, *_TAKEN),
         mobile=_NODE,
         messages=(*_ASKED, ("mn", "Ctar", "psg"), ("psg", "Ctaa", "mn")),
-        without=("release.relay", *_DIVERTED),
+        without=(*_MOVED, *_DIVERTED),
     ),
     "leaving": MoveMode(
         "the MN tells psg that it leaves at once, and nsg that it is there",
@@ -145,12 +149,20 @@ MODES: Mapping[str, MoveMode] = {
         (_TI.ANNOUNCE, _TI.OK, _TI.ARRIVED, _TI.OK, _TI.CTD, *_TAKEN),
         mobile=_NODE,
         messages=(*_ASKED, ("mn", "Ctar", "psg"), ("psg", "Ctaa", "mn")),
-        without=("release.relay", "freeze.policies-are-noted", "freeze.esp-stops"),
+        without=(*_MOVED, "freeze.policies-are-noted", "freeze.esp-stops"),
     ),
     "reactive": MoveMode(
-        "the MN is elsewhere and tells nsg", _AT_ONCE, _WHOLE, asks=True, mobile=_NODE, messages=_ASKED
+        "the MN is elsewhere and tells nsg",
+        _AT_ONCE,
+        _WHOLE,
+        asks=True,
+        mobile=_NODE,
+        messages=_ASKED,
+        without=_MOVED,
     ),
-    "packet": MoveMode("the MN is elsewhere, and nsg sees a packet of it", _AT_ONCE, _WHOLE, asks=True),
+    "packet": MoveMode(
+        "the MN is elsewhere, and nsg sees a packet of it", _AT_ONCE, _WHOLE, asks=True, without=_MOVED
+    ),
     "invited": MoveMode(
         "psg invites the MN, which is behind a NAT, to nsg",
         _AT_ONCE,
@@ -159,6 +171,7 @@ MODES: Mapping[str, MoveMode] = {
         mobile=_NODE,
         steps=("invite",),
         messages=_ASKED,
+        without=_MOVED,
     ),
 }
 
