@@ -101,6 +101,8 @@ class CharonMobile:
         self._runner: Runner[Moving] = Runner(
             host.own, host.spawn, host.listing.crowd, AHEAD, HOME, QUIET, READDRESS, LOUD
         )
+        self._owed: dict[SaName, tuple[IkeContext, Agreement]] = {}
+        """What a gateway that serves an SA has agreed to, until charon, which could not be asked, has it."""
 
     async def export(self, sa: SaName) -> IkeContext:
         """The context as it is now, "local" being this mobile node. Errors: as `known`, and CharonError."""
@@ -251,9 +253,11 @@ class CharonMobile:
     ) -> Applied:
         """Give the SA, which the new gateway serves now, what was agreed. `passive`: it is so by `quiet`.
 
-        An error is logged: `loud` tries again, and has charon rekey what is left.
+        An error is logged: `loud` tries again, also if charon could not be asked, and has charon rekey what
+        is left.
         """
         sa, passive_now, asks = context.spis, passive, False
+        self._owed.pop(sa, None)
         local, remote, peers = agreement.local, agreement.remote, agreement.peers
         try:
             if not passive:
@@ -264,6 +268,10 @@ class CharonMobile:
             if agreement.expected is not None:
                 asks = await self.renumber(sa, agreement.expected, local, remote)
             await self.readdress(context, local, remote, agreement.renames, peers)
+        except CharonError as error:
+            log.error("the SA's addresses: %s", error)
+            self._owed[sa] = context, agreement
+            passive_now = True
         except BusyError as error:
             log.warning("%s; charon goes on with it at %s", error, remote)
             await self.redirect(sa, local, remote, peers)
@@ -411,6 +419,7 @@ class CharonMobile:
         """
         host = self._host
         failed: IkectxError | None = None
+        await self._pay(sa)
         saved = host.own.of(sa).facts.move
         moved = bool(saved)
         name = sa
@@ -430,6 +439,18 @@ class CharonMobile:
             host.on_change(None)  # of what it was ordered to change charon reports nothing
         if failed is not None:
             raise failed
+
+    async def _pay(self, sa: SaName) -> None:
+        """Give the SA what `apply` could not, once. Errors: CharonError while charon cannot be asked."""
+        if sa not in self._owed:
+            return
+        there = await self._host.view(sa) is not None
+        context, agreement = self._owed.pop(sa)
+        if there and not self._host.own.of(sa).facts.move:
+            passive = self._host.own.of(sa).facts.quiet
+            if (await self.apply(context, agreement, passive=passive)).asks:
+                self._host.detour.stir(agreement.remote.address)
+            self._owed.pop(sa, None)
 
     async def _end_move(self, sa: SaName, move: MobileMove) -> tuple[SaName, IkectxError | None]:
         """The SA's name afterwards, and the reason if a CHILD_SA could not be moved."""
@@ -457,7 +478,7 @@ class CharonMobile:
             await asyncio.sleep(AGAIN)
             async with lock:
                 try:
-                    if not self._host.own.of(sa).facts.quiet:
+                    if not self._host.own.of(sa).facts.quiet and sa not in self._owed:
                         return  # it is active, or another task has made it so
                     await self.loud(sa)
                 except IkectxError as error:

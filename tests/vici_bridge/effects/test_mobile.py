@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ikectx.errors import BusyError, CharonError, KernelError, StateError, UnknownSaError
+from ikectx.node.agreement import Agreement
 from ikectx.numbers import Status
 from ikectx.sa.context import Address, Endpoint, ReplayState
 from ikectx.sa.keys import esp_keys
@@ -631,5 +632,44 @@ def test_what_was_ended_while_it_was_passive_and_no_agent_ran() -> None:
         assert node.mobile.left_passive() == {}
         assert await node.mobile.resume() == {}
         assert not await node.mobile.listed(node.sa)
+
+    do(scenario())
+
+
+@pytest.mark.parametrize("passive", [True, False])
+@pytest.mark.parametrize("looks", [1, 2, 3, 4])
+def test_a_charon_that_hangs_has_the_new_addresses_when_it_answers_again(
+    looks: int, passive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new gateway serves the SA by then, and charon went on at the old one's address for good."""
+
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        context = await node.mobile.export(node.sa)
+        await node.mobile.ahead(context, NEW, NSG)
+        if passive:
+            await node.mobile.quiet(node.sa)
+        listed, hangs = node.charon.list_sas, looks
+
+        def hanging() -> Any:
+            nonlocal hangs
+            if hangs:
+                hangs -= 1
+                raise CharonError("charon did not answer in time")
+            return listed()
+
+        monkeypatch.setattr(node.charon, "list_sas", hanging)
+        applied = await node.mobile.apply(context, Agreement(NEW, NSG, {}, (NSG,)), passive=passive)
+        assert applied.passive
+        try:
+            await node.mobile.loud(node.sa)
+        except CharonError:
+            node.mobile.loud_later(node.sa, asyncio.Lock())
+        for _ in range(100):
+            if not hangs and node.charon.state == "ESTABLISHED" and not node.store.rows("mobile"):
+                break
+            await asyncio.sleep(1.0)
+        at(node, NEW, NSG)
+        assert node.charon.peers == (NSG,)
 
     do(scenario())
