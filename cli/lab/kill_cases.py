@@ -101,7 +101,7 @@ class MoveMode:
     mobile: tuple[str, ...] = ()
     steps: tuple[str, ...] = ()
     messages: tuple[tuple[str, str, str], ...] = ()
-    without: tuple[str, ...] = ("release.relay", "activate.script-up")
+    without: tuple[str, ...] = ("release.relay", "activate.script-at-last")
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -127,7 +127,10 @@ MODES: Mapping[str, MoveMode] = {
         "nsg asks for the SA", _PUSHED, (*_PREPARED, _TI.CTD, *_TAKEN), asks=True, messages=_TOLD
     ),
     "relay": MoveMode(
-        "psg passes its packets on", _PUSHED, (*_PREPARED, _TI.CTD, *_TAKEN), without=("activate.script-up",)
+        "psg passes its packets on",
+        _PUSHED,
+        (*_PREPARED, _TI.CTD, *_TAKEN),
+        without=("activate.script-at-last",),
     ),
     "silent": MoveMode(
         "the MN does not hear nsg, and psg takes the SA back",
@@ -228,6 +231,8 @@ SELDOM: Mapping[str, str] = {
     "freeze.esp-goes-on": "an SA that is to get other SPIs",
     "release.esp-stops": "an SA that got other SPIs",
     "loud.children-are-rekeyed": "ESP in user space",
+    "activate.charon-has-it": "an SA to which no packets could be led before",
+    "activate.script-up": "an SA to which no packets could be led before",
     "home.esp-goes-by-its-sas": "a mobile node that gets no answer",
 }
 """Effects that no mode here comes to, and what they are for."""

@@ -1,12 +1,13 @@
 """Activate: charon does IKE for the SA from now on, after the mobile node was told.
 
-1. Repeat steps of `take`, for an agent that began anew, and if packets could not be led here before.
+1. Repeat steps of `take`, for an agent that began anew, and if packets could not be led here before; for a
+   mobile node that waits for an answer all but the updown script.
 2. Give charon the message IDs, and make it active by the toggle. It is still muted.
 3. Note what follows from serving the SA: lifetimes, limits, the SPIs for an answer, gateways to notify,
    blocks for its end, and that the updown script will be called (5). Then mark the row "active": message IDs
    are not set back after that.
 4. Unmute charon, and give it the mobile node's requests from the time before.
-5. Lead packets for the mobile node here by the updown script, if `take` did not. It comes last because it
+5. Lead packets for a mobile node that waits for an answer here by the updown script. It comes last because it
    takes as long as it likes, and the mobile node has no answer before 4. The other gateway sends packets on
    until it knows that this step has ended. A script that cannot be started (no descriptors, no helper) is
    tried again until it can; one that hangs is not waited for.
@@ -35,7 +36,7 @@ from .coming import SCRIPT_LIMIT, Coming, now
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
 from .speaking import tell_ids
-from .take import converge, lead, open_way, will_lead
+from .take import converge, lead, open_way, script_up, will_lead
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,15 @@ AT_ONCE = 3
 
 def _inactive(work: Coming) -> bool:
     return work.facts.stage == "installing"
+
+
+def _leads(work: Coming) -> bool:
+    return _inactive(work) and work.facts.drawn != "done" and not work.waits
+
+
+async def _look(work: Coming) -> Facts:
+    work.drawn_before = work.facts.drawn
+    return will_lead(await work.view())
 
 
 async def _message_ids(work: Coming) -> None:
@@ -174,7 +184,7 @@ async def _deliver(work: Coming) -> None:
         log.debug("%s: charon has what the MN asked meanwhile", work.here.remote_id)
 
 
-async def _script_up(work: Coming) -> Facts:
+async def _script_at_last(work: Coming) -> Facts:
     """Errors: NotStarted, CharonError."""
     tried = work.gone is not None
     work.gone = work.gone or work.shape  # the script is told these names, also if it is tried again later
@@ -197,15 +207,17 @@ ACTIVATE: LedgerStep[Coming] = LedgerStep(
     "activate",
     (
         StepEffect("new names", converge, when=_inactive),
+        StepEffect("charon has it", _look, when=_leads),
         StepEffect("way", open_way, when=_inactive),
+        StepEffect("script up", script_up, when=_leads, limit=SCRIPT_LIMIT + 5.0),
         StepEffect("message IDs", _message_ids, when=_inactive),
         StepEffect("charon is active", _toggle, when=_inactive),
         StepEffect("what follows is noted", _note, when=_inactive),
         StepEffect("charon speaks", _speak),
         StepEffect("what was kept is heard", _deliver, needed=False),
         StepEffect(
-            "script up",
-            _script_up,
+            "script at last",
+            _script_at_last,
             when=lambda work: work.facts.drawn == "begun",
             limit=SCRIPT_LIMIT + 5.0,
             needed=False,

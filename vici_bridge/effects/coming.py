@@ -56,15 +56,17 @@ class Memory:
     """Facts about SAs that come which the process keeps in memory; nothing depends on them after a crash.
 
     recorders: of the mobile node's messages. asked: SAs whose mobile node will be told by an answer that it
-    waits for (CTAA). seen: SAs that charon had when they were taken. givers: the gateway that gives an SA.
-    relayed: the gateway at whose address the mobile node of an SA stays. places: contexts of SAs that are
-    being checked or taken in, each with the same at this gateway's address.
+    waits for (CTAA). shown: SAs whose mobile node has sent charon a request from where it is now. seen: SAs
+    that charon had when they were taken. givers: the gateway that gives an SA. relayed: the gateway at whose
+    address the mobile node of an SA stays. places: contexts of SAs that are being checked or taken in, each
+    with the same at this gateway's address.
     judged: what they were judged by, and the reasons against them. imports: those in charon, charon's HA wire
     version, and the messages by which it takes them in.
     """
 
     recorders: dict[SaName, Recorder] = field(default_factory=dict)
     asked: set[SaName] = field(default_factory=set)
+    shown: set[SaName] = field(default_factory=set)
     seen: set[SaName] = field(default_factory=set)
     givers: dict[SaName, str] = field(default_factory=dict)
     relayed: dict[SaName, str] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class Memory:
         if recorder is not None:
             recorder.close()
         self.asked.discard(sa)
+        self.shown.discard(sa)
         self.seen.discard(sa)
         self.givers.pop(sa, None)
         self.relayed.pop(sa, None)
@@ -150,7 +153,7 @@ class Coming:
     def waits(self) -> bool:
         """Whether the mobile node has moved by itself, and waits for an answer of this gateway (or of charon
         here)."""
-        return self.sa in self.memory.asked or self.sa in self.memory.recorders
+        return self.sa in self.memory.asked or self.sa in self.memory.shown
 
     @property
     def plan(self) -> Plan | None:

@@ -400,6 +400,7 @@ class CharonSink(ContextSink):
     def shown(self, context: IkeContext, request: tuple[bytes, ...]) -> None:
         """See `ContextSink.shown`."""
         if request:
+            self._memory.shown.add(context.spis)
             self._hear(context, self._here(context), request)
 
     def _hear(self, context: IkeContext, here: IkeContext, request: tuple[bytes, ...] = ()) -> None:

@@ -99,7 +99,8 @@ async def lead(work: Coming) -> Facts:
     return {"drawn": "done"}
 
 
-async def _script_up(work: Coming) -> Facts:
+async def script_up(work: Coming) -> Facts:
+    """The same, before the SA is served: without its script it is not."""
     try:
         return await lead(work)
     except NotStarted as error:
@@ -116,6 +117,6 @@ TAKE: LedgerStep[Coming] = LedgerStep(
         StepEffect("charon has it", _look),
         StepEffect("origin", _origin),
         StepEffect("way", open_way, when=_sends),
-        StepEffect("script up", _script_up, when=_leads_now, limit=SCRIPT_LIMIT + 5.0),
+        StepEffect("script up", script_up, when=_leads_now, limit=SCRIPT_LIMIT + 5.0),
     ),
 )

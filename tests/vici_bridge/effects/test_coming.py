@@ -136,8 +136,8 @@ async def killed(
                 assert there.scripts == ["up"] * drew + ["down"] * (drew + twice)
         else:
             # that it has ended is written with what follows at once
-            last = variant in ("outbound", "asked") and effect == "names are over"
-            again = (effect == "script up" and after) or last
+            last = variant == "asked" and effect == "names are over"
+            again = (effect in ("script up", "script at last") and after) or last
             assert there.scripts == ["up"] * (1 + again)
         there.here.sound()
         assert not [sa for sa in there.here.sad.sas.values() if is_early(sa)]

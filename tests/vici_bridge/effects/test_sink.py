@@ -707,18 +707,25 @@ def test_what_is_undone_before_the_mn_was_told_has_drawn_nothing() -> None:
     run(scenario())
 
 
-def test_no_sa_is_owned_without_its_updown_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kinds", [(), ("outbound",)], ids="-".join)
+def test_no_sa_is_owned_without_its_updown_script(
+    kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without descriptors for it, what is being taken is undone, and needs no script for that."""
 
     async def scenario() -> None:
         here = place(updown={"home": f'echo "$PLUTO_VERB" >> {tmp_path}/ran'})
         context = a_context(1)
         here.mobiles.add(context)
+        if kinds:
+            here.charon.serve(rival(context, *kinds, shared=True))
         final = final_of(context)
         monkeypatch.setattr(subprocess, "Popen", no_descriptors)
         await here.sink.prepare(context, False)
         with pytest.raises(KernelError, match=r"updown script .* cannot be started: Too many open files"):
             await here.sink.take(context, final)
+            report = await here.sink.move_peer(context, final)
+            await here.sink.activate(context, final, report)
         await here.sink.undo(context)
         assert not (tmp_path / "ran").exists()
         assert context.spis not in [view.spis for view in here.charon.views()]
@@ -765,9 +772,8 @@ def test_a_mobile_node_that_waits_for_an_answer_does_not_wait_for_the_script(wai
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-@pytest.mark.parametrize("waits", [False, True])
 def test_a_script_that_cannot_be_started_is_started_when_it_can_be(
-    waits: bool, restarted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    restarted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There are no descriptors for it. The SA is served meanwhile, and the script gets its numbers then."""
     monkeypatch.setattr(runner_module, "AGAIN", (0.05, 0.05))
@@ -777,14 +783,11 @@ def test_a_script_that_cannot_be_started_is_started_when_it_can_be(
         here = place(updown={"home": f'echo "$PLUTO_VERB $PLUTO_REQID" >> {tmp_path}/ran'})
         context = a_context(1)
         here.mobiles.add(context)
-        if waits:
-            here.sink.tell_later(context)
-        else:  # no packet can be sent before the mobile node knows another SPI
-            here.charon.serve(rival(context, "outbound", shared=True))
+        here.sink.tell_later(context)
         with monkeypatch.context() as without:
             without.setattr(subprocess, "Popen", no_descriptors)
             await move(here, context)
-            assert here.host.coming.of(context.spis).later == ("script up",)
+            assert here.host.coming.of(context.spis).later == ("script at last",)
             await asyncio.sleep(0.3)  # it is tried in vain
         if restarted:
             here.store.flush()  # with the journal's next state
