@@ -232,6 +232,7 @@ SELDOM: Mapping[str, str] = {
     "release.esp-stops": "an SA that got other SPIs",
     "loud.children-are-rekeyed": "ESP in user space",
     "activate.charon-has-it": "an SA to which no packets could be led before",
+    "activate.way": "an SA to which no packets could be led before",
     "activate.script-up": "an SA to which no packets could be led before",
     "home.esp-goes-by-its-sas": "a mobile node that gets no answer",
 }

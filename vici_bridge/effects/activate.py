@@ -55,6 +55,11 @@ def _leads(work: Coming) -> bool:
     return _inactive(work) and work.facts.drawn != "done" and not work.waits
 
 
+def _renamed(work: Coming) -> bool:
+    """Whether packets may not have been led here by `take`, because the mobile node had to know new SPIs."""
+    return _inactive(work) and work.plan is not None
+
+
 async def _look(work: Coming) -> Facts:
     work.drawn_before = work.facts.drawn
     return will_lead(await work.view())
@@ -208,7 +213,7 @@ ACTIVATE: LedgerStep[Coming] = LedgerStep(
     (
         StepEffect("new names", converge, when=_inactive),
         StepEffect("charon has it", _look, when=_leads),
-        StepEffect("way", open_way, when=_inactive),
+        StepEffect("way", open_way, when=_renamed),
         StepEffect("script up", script_up, when=_leads, limit=SCRIPT_LIMIT + 5.0),
         StepEffect("message IDs", _message_ids, when=_inactive),
         StepEffect("charon is active", _toggle, when=_inactive),
