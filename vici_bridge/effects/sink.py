@@ -488,7 +488,8 @@ class CharonSink(ContextSink):
         self._swept = now
         for row in self._host.coming.all():
             known = row.facts
-            if known.stage == "imported" and now - known.since > _IMPORTED_FOR and known.relay is None:
+            over = known.stage == "imported" and now - known.since > _IMPORTED_FOR
+            if over and known.relay is None and not row.later:
                 self._host.coming.drop(row.sa)
 
     async def undo(self, context: IkeContext) -> None:
