@@ -50,7 +50,7 @@ class Mobile:
         self.fails: dict[str, Exception] = {}
         self.others: list[SaView] = []
         self.went: list[tuple[Endpoint, Endpoint]] = []
-        self._owed: dict[SaName, Any] = {}
+        self._not_applied: dict[SaName, Any] = {}
 
     def _do(self, what: str) -> None:
         self.did.append(what)

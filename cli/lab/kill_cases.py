@@ -101,7 +101,7 @@ class MoveMode:
     mobile: tuple[str, ...] = ()
     steps: tuple[str, ...] = ()
     messages: tuple[tuple[str, str, str], ...] = ()
-    without: tuple[str, ...] = ("release.relay", "activate.script-at-last")
+    without: tuple[str, ...] = ("release.relay", "activate.script-after-the-answer")
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ MODES: Mapping[str, MoveMode] = {
         "psg passes its packets on",
         _PUSHED,
         (*_PREPARED, _TI.CTD, *_TAKEN),
-        without=("activate.script-at-last",),
+        without=("activate.script-after-the-answer",),
     ),
     "silent": MoveMode(
         "the MN does not hear nsg, and psg takes the SA back",

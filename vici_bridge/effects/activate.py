@@ -189,7 +189,7 @@ async def _deliver(work: Coming) -> None:
         log.debug("%s: charon has what the MN asked meanwhile", work.here.remote_id)
 
 
-async def _script_at_last(work: Coming) -> Facts:
+async def _script_after_answer(work: Coming) -> Facts:
     """Errors: NotStarted, CharonError."""
     tried = work.gone is not None
     work.gone = work.gone or work.shape  # the script is told these names, also if it is tried again later
@@ -221,8 +221,8 @@ ACTIVATE: LedgerStep[Coming] = LedgerStep(
         StepEffect("charon speaks", _speak),
         StepEffect("what was kept is heard", _deliver, needed=False),
         StepEffect(
-            "script at last",
-            _script_at_last,
+            "script after the answer",
+            _script_after_answer,
             when=lambda work: work.facts.drawn == "begun",
             limit=SCRIPT_LIMIT + 5.0,
             needed=False,

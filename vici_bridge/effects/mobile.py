@@ -101,7 +101,7 @@ class CharonMobile:
         self._runner: Runner[Moving] = Runner(
             host.own, host.spawn, host.listing.crowd, AHEAD, HOME, QUIET, READDRESS, LOUD
         )
-        self._owed: dict[SaName, tuple[IkeContext, Agreement]] = {}
+        self._not_applied: dict[SaName, tuple[IkeContext, Agreement]] = {}
         """What a gateway that serves an SA has agreed to, until charon, which could not be asked, has it."""
 
     async def export(self, sa: SaName) -> IkeContext:
@@ -257,7 +257,7 @@ class CharonMobile:
         is left.
         """
         sa, passive_now, asks = context.spis, passive, False
-        self._owed.pop(sa, None)
+        self._not_applied.pop(sa, None)
         local, remote, peers = agreement.local, agreement.remote, agreement.peers
         try:
             if not passive:
@@ -270,7 +270,7 @@ class CharonMobile:
             await self.readdress(context, local, remote, agreement.renames, peers)
         except CharonError as error:
             log.error("the SA's addresses: %s", error)
-            self._owed[sa] = context, agreement
+            self._not_applied[sa] = context, agreement
             passive_now = True
         except BusyError as error:
             log.warning("%s; charon goes on with it at %s", error, remote)
@@ -419,7 +419,7 @@ class CharonMobile:
         """
         host = self._host
         failed: IkectxError | None = None
-        await self._pay(sa)
+        await self._apply_again(sa)
         saved = host.own.of(sa).facts.move
         moved = bool(saved)
         name = sa
@@ -440,17 +440,17 @@ class CharonMobile:
         if failed is not None:
             raise failed
 
-    async def _pay(self, sa: SaName) -> None:
+    async def _apply_again(self, sa: SaName) -> None:
         """Give the SA what `apply` could not, once. Errors: CharonError while charon cannot be asked."""
-        if sa not in self._owed:
+        if sa not in self._not_applied:
             return
         there = await self._host.view(sa) is not None
-        context, agreement = self._owed.pop(sa)
+        context, agreement = self._not_applied.pop(sa)
         if there and not self._host.own.of(sa).facts.move:
             passive = self._host.own.of(sa).facts.quiet
             if (await self.apply(context, agreement, passive=passive)).asks:
                 self._host.detour.stir(agreement.remote.address)
-            self._owed.pop(sa, None)
+            self._not_applied.pop(sa, None)
 
     async def _end_move(self, sa: SaName, move: MobileMove) -> tuple[SaName, IkectxError | None]:
         """The SA's name afterwards, and the reason if a CHILD_SA could not be moved."""
@@ -478,7 +478,7 @@ class CharonMobile:
             await asyncio.sleep(AGAIN)
             async with lock:
                 try:
-                    if not self._host.own.of(sa).facts.quiet and sa not in self._owed:
+                    if not self._host.own.of(sa).facts.quiet and sa not in self._not_applied:
                         return  # it is active, or another task has made it so
                     await self.loud(sa)
                 except IkectxError as error:

@@ -137,7 +137,7 @@ async def killed(
         else:
             # that it has ended is written with what follows at once
             last = variant == "asked" and effect == "names are over"
-            again = (effect in ("script up", "script at last") and after) or last
+            again = (effect in ("script up", "script after the answer") and after) or last
             assert there.scripts == ["up"] * (1 + again)
         there.here.sound()
         assert not [sa for sa in there.here.sad.sas.values() if is_early(sa)]

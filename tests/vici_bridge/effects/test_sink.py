@@ -62,6 +62,13 @@ async def move(here: Place, context: IkeContext) -> MoveReport:
     return report
 
 
+async def come(here: Place, context: IkeContext) -> None:
+    """The same for a mobile node that moves by itself, and waits for an answer."""
+    here.mobiles.add(context)
+    here.sink.tell_later(context)
+    await move(here, context)
+
+
 def rival(context: IkeContext, *kinds: str, shared: bool = False) -> IkeContext:
     """Another MN's SA that has these names of `context`'s."""
     other = a_context(77, mn=str(context.remote.address) if shared else "198.51.100.99")
@@ -783,12 +790,10 @@ def test_a_script_that_cannot_be_started_is_started_when_it_can_be(
     async def scenario() -> None:
         here = place(updown={"home": f'echo "$PLUTO_VERB $PLUTO_REQID" >> {tmp_path}/ran'})
         context = a_context(1)
-        here.mobiles.add(context)
-        here.sink.tell_later(context)
         with monkeypatch.context() as without:
             without.setattr(subprocess, "Popen", no_descriptors)
-            await move(here, context)
-            assert here.host.coming.of(context.spis).later == ("script at last",)
+            await come(here, context)
+            assert here.host.coming.of(context.spis).later == ("script after the answer",)
             here.sink._swept = 0
             here.sink._sweep(int(time.time()) + 3600)  # when other such rows are forgotten
             await asyncio.sleep(0.3)  # it is tried in vain
@@ -812,12 +817,9 @@ def test_a_script_that_cannot_be_started_is_not_for_an_sa_that_has_gone(
 
     async def scenario() -> None:
         here = place(updown={"home": f'echo "$PLUTO_VERB" >> {tmp_path}/ran'})
-        context = a_context(1)
-        here.mobiles.add(context)
-        here.sink.tell_later(context)
         with monkeypatch.context() as without:
             without.setattr(subprocess, "Popen", no_descriptors)
-            await move(here, context)
+            await come(here, a_context(1))
         here.charon.sas.clear()
         await until(lambda: not any(row.later for row in here.host.coming.all()))
         assert not (tmp_path / "ran").exists()
