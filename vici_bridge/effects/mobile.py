@@ -470,7 +470,8 @@ class CharonMobile:
         return await self.steps.present_name(sa, move), failed
 
     def loud_later(self, sa: SaName, lock: asyncio.Lock) -> None:
-        """After `loud` failed: try it again, under `lock`, until the SA is active. Raises nothing."""
+        """After `loud` failed: try it again, under `lock`, until the SA is active, at the addresses that were
+        agreed to. Raises nothing."""
         self._host.spawn(self._loud_at_last(sa, lock))
 
     async def _loud_at_last(self, sa: SaName, lock: asyncio.Lock) -> None:
@@ -482,7 +483,9 @@ class CharonMobile:
                         return  # it is active, or another task has made it so
                     await self.loud(sa)
                 except IkectxError as error:
-                    log.warning("the SA %s is passive still, it is tried again: %s", sa, error)
+                    log.warning(
+                        "charon does not serve the SA %s yet as agreed, it is told again: %s", sa, error
+                    )
 
     def left_passive(self) -> dict[SaName, IkeContext]:
         """SAs that an agent before this one left PASSIVE, as far as the record knows them.
