@@ -272,6 +272,7 @@ class CharonHost:
             case MidChanged(name, initiator):
                 self.heard.spoke(name)
                 self.doubts.told(name, initiator)
+                self.listing.outdate([name] if initiator else [])  # perhaps nobody answers that request
             case _:
                 concerned = _concerned(change)
                 self.known.heed(concerned)
@@ -481,8 +482,8 @@ class CharonHost:
         return view
 
     async def recent_view(self, sa: SaName) -> SaView | None:
-        """The same, for a caller that will look again before it changes anything: what somebody listed within
-        the last `MOMENT` will do, because charon tells over HA what becomes of SAs that it serves."""
+        """The same, if it will be looked at again before anything is changed: within `MOMENT` the last view
+        will do."""
         self.hear()
         return self.listing.recent(sa, MOMENT) or await self.view(sa)
 

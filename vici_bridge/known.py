@@ -132,6 +132,11 @@ class Known:
         if self._coming.pop(sa).state == ARRIVING:
             self.drop(sa)
 
+    def settled(self, sa: SaName) -> bool:
+        """Whether charon has told nothing of this SA that was not looked at since."""
+        self._hear()
+        return self._complete and not (sa in self._news or sa in self._unsure or sa in self._coming)
+
     async def now(self) -> Present:
         """All SAs, by what charon has reported until now. They are listed only if charon has just come, if
         its reports were lost, or if many have changed and there are marks or if_ids, which are unreported."""

@@ -279,6 +279,31 @@ def test_all_are_listed_again_when_reports_were_lost() -> None:
     run(scenario())
 
 
+def test_an_sa_is_settled_while_there_is_no_news_of_it_and_none_was_lost() -> None:
+    async def scenario() -> None:
+        side = Side(1, 2)
+        known = Known(side)
+        sa = view(1).spis
+        assert not known.settled(sa)  # charon has not been asked yet
+        await known.now()
+        assert known.settled(sa)
+        known.heed([sa])
+        assert not known.settled(sa) and known.settled(view(2).spis)
+        await known.now()
+        assert known.settled(sa)
+        known.comes(view(1))
+        assert not known.settled(sa)
+        known.put(view(1))
+        known.came_or_not(sa)
+        assert known.settled(sa)
+        side.lost += 1
+        assert not known.settled(sa)
+        await known.now()
+        assert known.settled(sa)
+
+    run(scenario())
+
+
 def test_reports_that_were_lost_are_made_up_for_in_the_background() -> None:
     async def scenario() -> None:
         side = Side(1, 2)

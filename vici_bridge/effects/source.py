@@ -100,10 +100,13 @@ class CharonSource(ContextSource):
             return departing_view(self._host.context(sa))
         return await self._host.view(sa)
 
-    async def _recent_view(self, sa: SaName) -> SaView | None:
-        """The view for an export, since a freeze compares the export with charon's present state. One by
-        which the SA cannot be moved is looked at again."""
-        view = None if sa in self.departing else await self._host.recent_view(sa)
+    async def _unchanged_view(self, sa: SaName) -> SaView | None:
+        """The view for an export. charon is not asked if it has told nothing of the SA since it showed it
+        last, because a freeze compares the export with its present state. One by which the SA cannot be moved
+        is looked at again."""
+        host = self._host
+        seen = sa not in self.departing and host.known.settled(sa)
+        view = host.listing.unchanged(sa) if seen else None
         if view is None or view.state != "ESTABLISHED" or view.tasks:
             view = await self._view(sa)
         return view
@@ -170,7 +173,7 @@ class CharonSource(ContextSource):
     async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
         """See `ContextSource.export`. Keys are derived and compared with those in the kernel."""
         host = self._host
-        view = await self._recent_view(sa)
+        view = await self._unchanged_view(sa)
         host.ha_version.check()
         host.orphans.check(sa)
         if view is not None:

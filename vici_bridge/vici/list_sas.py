@@ -10,6 +10,7 @@ charon reports with the same octets as last time (which contain its age in secon
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -17,7 +18,9 @@ from ikectx.sa.name import SaName
 from ikectx.together import Crowd, Together
 
 from .codec import Message, parse_message
-from .views import SaView, sa_views
+from .views import SaView, aged, sa_views
+
+_NEVER = -math.inf
 
 
 class _ReadSa(Protocol):
@@ -42,6 +45,8 @@ class Listing:
         self._seen: dict[SaName, tuple[float, SaView]] = {}
         """Each SA's last view, and the loop's time when it was asked for. charon never uses a unique ID again
         while it runs (5.9.8, 6.0.6)."""
+        self._told: dict[SaName, float] = {}
+        """When charon told last that something about an SA has changed or begun, by the loop's clock."""
         self._highest = 0
         """The highest unique ID that was seen; 0: none was."""
         self._asking = Together(self._ask_for, crowd)
@@ -72,19 +77,28 @@ class Listing:
         # numbers that were learnt meanwhile are of SAs that may have come up too late for the list
         late = {sa: known for sa, known in self._seen.items() if known[1].unique_id > highest}
         self._seen = late | {view.spis: (asked_at, view) for view in reversed(views)}
+        self._told = {sa: at for sa, at in self._told.items() if sa in self._seen}
         self._highest = max(self._highest, *(view.unique_id for view in views), 0)
         return views
 
     def recent(self, sa: SaName, seconds: float) -> SaView | None:
-        """One of charon's SAs, if it was asked for so many seconds ago at most, alone or with all."""
-        asked_at, view = self._seen.get(sa, (float("-inf"), None))
-        return view if asyncio.get_running_loop().time() - asked_at <= seconds else None
+        """One of charon's SAs, if it was asked for so many seconds ago at most, alone or with all, and
+        nothing was told of it since."""
+        asked_at, view = self._seen.get(sa, (_NEVER, None))
+        outdated = asked_at <= self._told.get(sa, _NEVER)
+        return None if outdated or asyncio.get_running_loop().time() - asked_at > seconds else view
+
+    def unchanged(self, sa: SaName) -> SaView | None:
+        """One of charon's SAs as it was when it was asked for, however long ago, but with the times that it
+        has left now, if nothing was told of it since."""
+        view = self.recent(sa, math.inf)
+        age = asyncio.get_running_loop().time() - self._seen[sa][0] if view is not None else 0.0
+        return None if view is None else aged(view, int(age))
 
     def outdate(self, sas: Iterable[SaName]) -> None:
-        """What was asked about these is not recent any more; their unique IDs stay."""
-        for sa in sas:
-            if sa in self._seen:
-                self._seen[sa] = float("-inf"), self._seen[sa][1]
+        """charon has told of these. What was asked about them before is not recent any more, also if the
+        answer is still to come; their unique IDs stay."""
+        self._told.update(dict.fromkeys(sas, asyncio.get_running_loop().time()))
 
     def heard(self, told: Message) -> list[SaView]:
         """The IKE_SAs that came up by charon's event `ike-updown` or `ike-rekey`, without their CHILD_SAs.
@@ -94,13 +108,14 @@ class Listing:
             if isinstance(body, dict) and ("up" in told or "new" in body):
                 views += sa_views([{**body.get("new", body), "name": name}])
         for view in views:
-            self._seen.setdefault(view.spis, (float("-inf"), view))
+            self._seen.setdefault(view.spis, (_NEVER, view))
             self._highest = max(self._highest, view.unique_id)
         return views
 
     def gone(self, sa: SaName) -> None:
         """charon does not have this SA any more."""
         self._seen.pop(sa, None)
+        self._told.pop(sa, None)
 
     async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
         """One of charon's SAs by its SPIs. Errors: as `views`.
@@ -150,6 +165,7 @@ class Listing:
     def forget(self) -> None:
         """charon begins anew, and numbers its SAs from one."""
         self._seen.clear()
+        self._told.clear()
         self._highest = 0
 
     async def _asked(self, read: _ReadSa, *ike_ids: int) -> list[SaView]:

@@ -255,6 +255,25 @@ def sa_views(listed: Iterable[View]) -> list[SaView]:
     return [sa_view(_text(view, "name"), view) for view in listed if _text(view, "version") != "1"]
 
 
+def aged(view: SaView, seconds: int) -> SaView:
+    """The view, with the times that are left so many seconds later."""
+    if not seconds:
+        return view
+
+    def left(time: int | None) -> int | None:
+        return None if time is None else time - seconds
+
+    return replace(
+        view,
+        rekey=left(view.rekey),
+        reauth=left(view.reauth),
+        established=None if view.established is None else view.established + seconds,
+        children=tuple(
+            replace(child, rekey=left(child.rekey), life=left(child.life)) for child in view.children
+        ),
+    )
+
+
 def departing_view(context: IkeContext) -> SaView:
     """The view of an SA that charon is destroying and so does not list, made from the record."""
     children = tuple(

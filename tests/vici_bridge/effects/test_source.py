@@ -23,7 +23,7 @@ from vici_bridge.effects.leaving import outbound_of
 from vici_bridge.effects.sink import CharonSink
 from vici_bridge.effects.source import CharonSource
 from vici_bridge.ha.ike_id import IkeId
-from vici_bridge.ha.record import Rekeyed
+from vici_bridge.ha.record import MidChanged, Rekeyed
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.vici.views import SaView
@@ -61,6 +61,45 @@ def test_virtual_ips_are_those_that_charon_lists() -> None:
             assert (await source.export(context.spis)).remote_vips == (ip_address("10.3.9.9"),)
 
     asyncio.run(scenario())
+
+
+def test_charon_is_asked_for_an_export_only_if_something_may_have_changed() -> None:
+    """The freeze asks anyway, and compares."""
+
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            host, sa = here.host, context.spis
+            (view,) = here.charon.views()
+            asked: list[SaName] = []
+
+            async def listed(sa: SaName) -> SaView:
+                asked.append(sa)
+                return view
+
+            async def shows(view: SaView) -> None:
+                """charon shows it so, when somebody lists it."""
+                host.listing._seen[sa] = asyncio.get_running_loop().time(), view
+                await asyncio.sleep(0.01)
+
+            host.view = listed  # type: ignore[method-assign]
+            await host.known.now()
+            asked.clear()
+            await shows(replace(view, rekey=7200))
+            await asyncio.sleep(30.0)
+            assert (await source.export(sa)).lifetime.rekey == 7170 and asked == []
+            host._fed(MidChanged(sa, initiator=False, mid=7))
+            await source.export(sa)
+            assert asked == []
+            # a request of charon's may be unanswered still
+            host._fed(MidChanged(sa, initiator=True, mid=7))
+            await source.export(sa)
+            assert asked == [sa]
+            asked.clear()
+            await shows(replace(view, tasks=("IKE_DPD",)))
+            await source.export(sa)
+            assert asked == [sa]
+
+    run(scenario())
 
 
 class CountedKernel:

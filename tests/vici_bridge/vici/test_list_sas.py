@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import pytest
 
 from ikectx.errors import CharonError
+from tests.hand_loop import run
 from vici_bridge.vici import list_sas as listing_module
 from vici_bridge.vici.codec import Message, parse_message, serialize_message
 from vici_bridge.vici.list_sas import Listing
@@ -28,11 +29,14 @@ class Charon:
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: CharonError | None = None
+        self.more: dict[str, str] = {}
 
     async def read_sas(self, read: Callable[[bytes], _T], *, ike_ids: Sequence[int] = ()) -> list[_T]:
         self.asked += ike_ids or [None]
         told = [
-            _message(number, *spis) for number, spis in self.sas.items() if not ike_ids or number in ike_ids
+            _message(number, *spis, self.more)
+            for number, spis in self.sas.items()
+            if not ike_ids or number in ike_ids
         ]
         await self.gate.wait()
         if self.error is not None:
@@ -40,8 +44,9 @@ class Charon:
         return [read(octets) for octets in told]
 
 
-def _message(number: int, spi_i: bytes, spi_r: bytes) -> bytes:
+def _message(number: int, spi_i: bytes, spi_r: bytes, more: Mapping[str, str] | None = None) -> bytes:
     sa = {
+        **(more or {}),
         "uniqueid": str(number),
         "state": "ESTABLISHED",
         "initiator-spi": spi_i.hex(),
@@ -97,6 +102,52 @@ def test_a_recent_listing_of_all_tells_of_one() -> None:
         assert charon.asked == [None]
 
     asyncio.run(scenario())
+
+
+def test_what_was_asked_before_charon_told_of_it_is_neither_recent_nor_unchanged() -> None:
+    async def scenario() -> None:
+        charon = Charon()
+        listing = Listing(charon.read_sas)
+        assert listing.unchanged(SPIS[0]) is None
+        await listing.views()
+        await asyncio.sleep(0.01)
+        listing.outdate(SPIS[:2])
+        assert [listing.recent(spis, 60.0) is None for spis in SPIS] == [True, True, False, False, False]
+        assert [listing.unchanged(spis) is None for spis in SPIS] == [True, True, False, False, False]
+        # the number by which it is asked for stays
+        charon.asked.clear()
+        assert await listing.view(SPIS[0]) is not None and charon.asked == [1]
+        assert listing.recent(SPIS[0], 60.0) is not None and listing.unchanged(SPIS[0]) is not None
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_to_a_question_from_before_charon_told_of_an_sa_is_not_its_present_state() -> None:
+    async def scenario() -> None:
+        charon = Charon()
+        listing = Listing(charon.read_sas)
+        charon.gate.clear()
+        asking = asyncio.create_task(listing.view(SPIS[0]))
+        await asyncio.sleep(0.01)
+        listing.outdate([SPIS[0]])
+        charon.gate.set()
+        assert await asking is not None
+        assert listing.unchanged(SPIS[0]) is None and listing.recent(SPIS[0], 60.0) is None
+
+    asyncio.run(scenario())
+
+
+def test_one_that_is_unchanged_has_less_time_left() -> None:
+    async def scenario() -> None:
+        charon = Charon()
+        charon.more = {"rekey-time": "100", "established": "7"}
+        listing = Listing(charon.read_sas)
+        await listing.views()
+        await asyncio.sleep(30.5)
+        view = listing.unchanged(SPIS[0])
+        assert view is not None and (view.rekey, view.established) == (70, 37)
+
+    run(scenario())
 
 
 def test_only_what_is_said_in_other_octets_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

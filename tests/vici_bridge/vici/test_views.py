@@ -21,6 +21,7 @@ from ikectx.sa.context import (
     TrafficSelector,
 )
 from vici_bridge.vici.views import (
+    aged,
     child_lifetime,
     child_view,
     ike_lifetime,
@@ -197,6 +198,16 @@ def test_missing_algorithms_compare_across_naming_habits() -> None:
     assert missing_algorithms(context(), loaded) == []
     assert missing_algorithms(context(), {"prf": {"PRF_HMAC_SHA1": "openssl"}}) == ["PRF_HMAC_SHA2_256"]
     assert missing_algorithms(context(), {}) == []
+
+
+def test_as_time_goes_by_less_is_left() -> None:
+    child = {**VIEW["child-sas"]["net-1"], "rekey-time": "60", "life-time": "90"}  # type: ignore[index]
+    view = sa_view("mn", {**VIEW, "rekey-time": "100", "established": "5", "child-sas": {"net-1": child}})
+    assert view.reauth is None
+    later = aged(view, 20)
+    assert (later.rekey, later.reauth, later.established) == (80, None, 25)
+    assert [(one.rekey, one.life) for one in later.children] == [(40, 70)]
+    assert aged(view, 0) == view
 
 
 def test_what_is_overdue_has_nothing_left() -> None:
