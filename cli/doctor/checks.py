@@ -19,6 +19,7 @@ from .findings import Checks, Outcome
 from .inside import inside, pools
 from .ipsec import protection, reach
 from .later import identities, starts
+from .many import many_sas
 from .relay import relay
 from .world import World
 
@@ -491,11 +492,12 @@ CHECKS: Checks = (
     ("pools", pools),
     ("identities", identities),
     ("starts", starts),
+    ("many SAs", many_sas),
 )
 
 FOR_ROOT = (
     *("charon", "ha plugin", "ha settings", "ha socket", "ha version", "secret files", "certificates"),
     *("kernel", "message ids", "protection", "peers", "inside", "relay", "connections", "pools"),
-    *("identities", "starts"),
+    *("identities", "starts", "many SAs"),
 )
 """Those that only root can run: they ask charon and the kernel, or read keys."""

@@ -55,7 +55,7 @@ def drain(size: int, *, libipsec: bool, profile: bool, say: Say) -> dict[str, An
     lab = (ProfiledLab if profile else Lab).new(delay_ms=DELAY_MS)
     try:
         say("network and daemons")
-        prepare(lab)
+        prepare(lab, libipsec=libipsec)
         lab.up(Tunnel(segments=SEGMENTS, libipsec=libipsec))
         say(f"{size} mobile nodes connect to psg")
         # what the agents hold before there are SAs: they have read their files and listened to charon

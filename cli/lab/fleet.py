@@ -18,7 +18,7 @@ from ikectx.errors import CharonError
 from vici_bridge.vici.client import ControlClient, json_of
 
 from .hosts import Lab
-from .net import CHARONS, INNER, INNER_NET, OUTER
+from .net import CHARONS, GATEWAYS, INNER, INNER_NET, OUTER
 
 _FIRST = {"outer": ip_address("10.32.0.0"), "inner": ip_address("10.48.0.0")}
 _PREFIX = 16
@@ -44,21 +44,28 @@ _EVERYWHERE = """charon-systemd {
 """
 """charon's default is one list of all IKE_SAs. Its own level of the log: that of the lab's scenarios takes a
 tenth of its time."""
-_MOBILE = """charon-systemd {
+_NO_ROUTES = """charon-systemd {
   install_routes = no
-  plugins { kernel-netlink { roam_events = no } }
 }
 """
 """As soon as charon installs routes, each look for a source address reads all addresses and routes, of which
-there are some for each SA; and whenever an address comes, a roaming charon looks so for each of its SAs."""
+there are some for each SA. ESP in user space needs them at the gateways."""
+_MOBILE = """charon-systemd {
+  plugins { kernel-netlink { roam_events = no } }
+}
+"""
+"""Whenever an address comes, a roaming charon looks for a source address for each of its SAs."""
 
 
-def prepare(lab: Lab, *mobiles: str) -> None:
-    """Before a lab comes up: its charons are to have thousands of SAs, those of `mobiles` many addresses."""
+def prepare(lab: Lab, *mobiles: str, libipsec: bool = False) -> None:
+    """Before a lab comes up: its charons are to have thousands of SAs, those of `mobiles` many addresses. The
+    gateways' have what `examples/config/many-sas.conf` says."""
     for host in {*CHARONS, *mobiles}:
         folder = lab.work / host
         folder.mkdir(exist_ok=True)
-        (folder / "more-sas.conf").write_text(_EVERYWHERE + (_MOBILE if host in mobiles else ""))
+        routeless = host in mobiles or (host in GATEWAYS and not libipsec)
+        text = _EVERYWHERE + (_NO_ROUTES if routeless else "") + (_MOBILE if host in mobiles else "")
+        (folder / "more-sas.conf").write_text(text)
 
 
 @dataclass(frozen=True, slots=True)

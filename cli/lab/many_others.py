@@ -72,7 +72,7 @@ def beside(
     scenarios = {mode: _scenario(mode, interval_ms, libipsec=libipsec) for mode in MODES}
     try:
         say("network and daemons")
-        prepare(lab, "mn2")
+        prepare(lab, "mn2", libipsec=libipsec)
         lab.up(scenarios["push"].tunnel)
         rows: list[dict[str, Any]] = []
         there = 0

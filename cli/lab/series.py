@@ -70,7 +70,7 @@ def run_here(
             try:
                 new = partial(kind.new, delay_ms=wanted[0], gateway_delay_ms=wanted[1], traced=traced)
                 if crowd:
-                    new = partial(_crowded, new)
+                    new = partial(_crowded, new, libipsec)
                 lab = _prepared(lab, new, scenario, tunnel, clean=clean, disturbed=disturbed, say=tell)
             except IkectxError as error:
                 done(ScenarioReport.failed(scenario, str(error)))
@@ -97,10 +97,10 @@ def run_here(
             lab.down()
 
 
-def _crowded(new: Callable[[], Lab]) -> Lab:
+def _crowded(new: Callable[[], Lab], libipsec: bool) -> Lab:
     """A new lab whose charons will have many SAs."""
     lab = new()
-    prepare(lab, "mn2")
+    prepare(lab, "mn2", libipsec=libipsec)
     return lab
 
 
