@@ -94,9 +94,6 @@ DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA after it was ordered to."""
 END_PATIENCE = 30_000
 """Milliseconds for the mobile node to answer a Delete; charon goes on after that by itself."""
-MOMENT = 1.0
-"""Seconds for which charon's answer will do for a caller that looks again before it depends on it, unless
-charon has told something new of the SA since."""
 LAZY = 0.1
 """Seconds until message IDs are stored, which several messages of charon change one after the other."""
 SAVE_AGAIN = 2.0
@@ -410,8 +407,12 @@ class CharonHost:
         return self.ha_version.number
 
     async def send(self, messages: Iterable[ha.HaMessage]) -> None:
-        """Orders to charon, in order, paced. Errors: CharonError."""
-        await self.ha_link.send([message.serialize(self.config.ha_buflen) for message in messages])
+        """Orders to charon, in order, paced. What was seen of their SAs will not do any more. Errors:
+        CharonError."""
+        orders = list(messages)
+        await self.ha_link.send([message.serialize(self.config.ha_buflen) for message in orders])
+        names = {message.find(ha.Attr.IKE_ID, IkeId) for message in orders}
+        self.listing.outdate(name.spis for name in names if name is not None)
 
     async def carried_out(self) -> None:
         """Wait until charon has carried out all orders but the last one. Errors: CharonError."""
@@ -480,12 +481,6 @@ class CharonHost:
         if view is not None:
             self._look_for_marks([view])
         return view
-
-    async def recent_view(self, sa: SaName) -> SaView | None:
-        """The same, if it will be looked at again before anything is changed: within `MOMENT` the last view
-        will do."""
-        self.hear()
-        return self.listing.recent(sa, MOMENT) or await self.view(sa)
 
     async def connections(self, names: Collection[str] | None = None) -> Mapping[str, Message]:
         """charon's loaded connections by name: these, or all."""

@@ -132,6 +132,25 @@ def test_what_charon_tells_is_stored_before_anything_else_happens() -> None:
     asyncio.run(scenario())
 
 
+def test_what_was_seen_of_an_sa_will_not_do_after_an_order_about_it() -> None:
+    async def scenario() -> None:
+        context, other = a_context(1), a_context(2)
+        async with host_of(Vici(context, other), SqliteStore(":memory:", KEY)) as host:
+            ordered: list[bytes] = []
+
+            async def send(datagrams: Iterable[bytes]) -> None:
+                ordered.extend(datagrams)
+
+            host.ha_link.send = send  # type: ignore[assignment]
+            await host.views()
+            await asyncio.sleep(0.001)
+            await host.send(import_messages(context, 3))
+            assert ordered and host.listing.unchanged(context.spis) is None
+            assert host.listing.unchanged(other.spis) is not None
+
+    asyncio.run(scenario())
+
+
 def test_a_resync_asks_for_all_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         sent: list[HaMessage] = []
