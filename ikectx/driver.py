@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -73,10 +74,10 @@ from ikectx.wire.whereabouts import Whereabouts
 
 from . import trace
 from .clock import Clock, MonotonicClock
-from .errors import IkectxError, LinkError, StateError
+from .errors import IkectxError, LinkError, StateError, StoreError
 from .mistakes import log_mistake
 from .timing import Timing
-from .together import Gather
+from .together import Gather, Together
 from .within import within
 
 log = logging.getLogger("ikectx.transfer")
@@ -86,11 +87,12 @@ ERASE_AFTER = 5.0
 """Seconds after the end of a transfer until the store's log is emptied, in which its keys still are, sealed.
 By then charon has told that the SA is gone, so that the record has forgotten it."""
 
+ON_DISK = 0.2
+"""Seconds that an SA which is prepared waits for the disk: a mobile node may wait as well."""
 SYNC_OWNED, SYNC_REST = 0.1, 1.0
-"""Seconds from a write until the log is synced, for all writes of that time: where an SA is taken over, and
-otherwise; at once where it is let go. No move waits for it. SAs do not outlive a loss of power, but packets
-of those that moved arrive afterwards: they are blocked or sent on by what the store says. What is written
-before an SA changes hands, or after that, blocks no packets and sends none on."""
+"""Seconds from a write until the log is synced, with all writes of that time: where an SA is taken over, and
+otherwise; at once where it is let go. Only an SA that is prepared waits for it (`_on_disk`). SAs do not
+outlive a loss of power, but packets that arrive then are blocked or sent on by what the store says."""
 
 GATHER = 0.03
 """Seconds that an SA that was prepared waits for others that are being prepared, so that they are frozen and
@@ -172,13 +174,12 @@ class Driver:
         """What observers are told when all else is carried out."""
         self._writes: list[Journal] = []
         """What is to be written as soon as nothing else is to be carried out."""
-        self._pumping = False
-        self._sent = False
-        """Whether a message left in this round of `pump`."""
-        self._closed = False
-        self._ended = False
+        self._pumping = self._sent = False
+        """`_sent`: whether a message left in this round of `pump`."""
+        self._closed = self._ended = False
         self._erasing: asyncio.TimerHandle | None = None
         self._syncs = Syncs(store)
+        self._safely: Together[None, None] = Together(self._on_disk)
         self._quiet = asyncio.Event()
 
     @property
@@ -387,9 +388,8 @@ class Driver:
         self._goes_on = False
         outcomes, self._outcomes = self._outcomes, []
         if not self._closed:
-            now = self.now()
             for effect, outcome in outcomes:
-                self.engine.effect_done(now, effect, outcome)
+                self.engine.effect_done(self.now(), effect, outcome)
             self.pump()
 
     def _write(self) -> None:
@@ -398,10 +398,9 @@ class Driver:
         with trace.about(writes[0].entry.transfer_id), trace.span("journal", "call"):
             outcomes = self._written(writes)
         self._syncs.within(min(_SYNC_WITHIN.get(output.entry.state, SYNC_REST) for output in writes))
-        now = self.now()
         for output, outcome in zip(writes, outcomes, strict=True):
             self._ended = self._ended or bool(output.entry.result)
-            self.engine.effect_done(now, output.effect, outcome)
+            self.engine.effect_done(self.now(), output.effect, outcome)
 
     def _written(self, writes: Sequence[Journal]) -> Sequence[object]:
         """The outcome of each. If all together fail, each is written alone, because only one may be bad."""
@@ -413,6 +412,14 @@ class Driver:
                 return [error]
             return [outcome for output in writes for outcome in self._written([output])]
         return [None] * len(writes)
+
+    async def _on_disk(self, prepared: Sequence[None]) -> Sequence[None]:
+        """The other gateway sends packets on to an SA that is prepared here. What blocks them, if this one
+        loses its power and with it the SA, is on the disk before, unless that takes longer than `ON_DISK`."""
+        with suppress(StoreError, TimeoutError):  # what follows fails, too, and undoes the SA
+            self._store.write(durable=False)
+            await within(ON_DISK, self._syncs.now())
+        return prepared
 
     def _tidy(self) -> None:
         """Between transfers, the journal's log goes into its database."""
@@ -493,6 +500,7 @@ class Driver:
                 sink.relayed(context, relayed_by)
                 sink.shown(context, shown)
                 await sink.prepare(context, keep)
+                await self._safely.join(None)
                 heard_at = sink.heard_at(context) if relayed_by else None
                 return Prepared(sink.renames(context), sink.cannot_send(context), heard_at)
             case Take(context, final, given_by):

@@ -17,6 +17,21 @@ class Syncs:
         self._timer: asyncio.TimerHandle | None = None
         self._running: asyncio.Future[None] | None = None
         self._closed = False
+        self._count = 0
+        """Syncs that have begun."""
+
+    async def now(self) -> None:
+        """Have what was written until now survive a loss of power, and wait for that. One that is under way
+        may have begun before it was written."""
+        wanted = self._count + 1
+        while self._count < wanted and not self._closed:
+            if self._running is None:
+                self._cancel()
+                self._begin()
+            else:
+                await asyncio.wait([self._running])
+        if self._running is not None:
+            await asyncio.wait([self._running])
 
     def within(self, seconds: float) -> None:
         """What was written is to be synced within so many seconds; 0: the sync begins before this returns, if
@@ -49,6 +64,7 @@ class Syncs:
 
     def _begin(self) -> None:
         self._timer = self._due = None
+        self._count += 1
         self._running = asyncio.get_running_loop().run_in_executor(None, self._store.sync)
         self._running.add_done_callback(self._ended)
 

@@ -54,6 +54,30 @@ def test_the_earliest_time_counts_and_one_runs_at_a_time(took: list[tuple[float,
     run(scenario())
 
 
+def test_who_waits_for_a_sync_waits_for_one_that_began_after_it_asked(
+    took: list[tuple[float, float]],
+) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        with SqliteStore(":memory:", bytes(32)) as store:
+            syncs, start = Syncs(store), loop.time()
+            await syncs.now()
+            assert rounded(took, start) == [(0.0, 0.5)]
+            syncs.within(0.0)
+            await asyncio.sleep(0.1)
+            await asyncio.gather(syncs.now(), syncs.now())  # one for both, behind the one that has begun
+            assert rounded(took, start)[1:] == [(0.5, 1.0), (1.0, 1.5)]
+            syncs.within(5.0)
+            await syncs.now()
+            await asyncio.sleep(10.0)
+            assert rounded(took, start)[3:] == [(1.5, 2.0)]
+            syncs.close()
+            await syncs.now()
+            assert len(took) == 4
+
+    run(scenario())
+
+
 def test_none_begins_behind_the_end(took: list[tuple[float, float]]) -> None:
     async def scenario() -> None:
         with SqliteStore(":memory:", bytes(32)) as store:
