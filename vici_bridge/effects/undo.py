@@ -2,7 +2,8 @@
 complete.
 
 1. Make charon drop it under each name that it may have here, also if it is not listed, because an import that
-   stopped in the middle leaves ancestors. If charon does not run, there is nothing to drop.
+   stopped in the middle leaves ancestors. If charon does not run, there is nothing to drop. ESP SAs that a
+   charon has left which was killed are removed, because they look like an SA that is served.
 2. Remove the rules that mute its messages, and its relay, and lead packets for the mobile node to the gateway
    that has it.
 3. Run the updown script with "down", if it was called with "up". One that hangs is called again later,
@@ -11,6 +12,8 @@ complete.
 """
 
 from __future__ import annotations
+
+from itertools import chain
 
 from .activate import unmute
 from .coming import SCRIPT_LIMIT, Coming
@@ -25,6 +28,10 @@ async def _drop(work: Coming) -> None:
         else:
             host.record.forget(shape.spis)
             host.save_soon()
+        if host.kernel is not None:
+            pairs = [host.kernel_pair(shape, child) for child in shape.children]
+            for sa in filter(None, chain.from_iterable(pairs)):
+                host.kernel.delete_sa(sa)
 
 
 async def _end_relay(work: Coming) -> None:

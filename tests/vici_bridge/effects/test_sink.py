@@ -696,6 +696,26 @@ def test_what_was_only_prepared_is_undone(kinds: tuple[str, ...], restarted: boo
     run(scenario())
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_a_charon_that_was_killed_has_left_in_the_kernel_is_undone(
+    monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    """The other gateway would be told for good that the kernel here has the SA. `anew`: charon runs again."""
+
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        before = dict(here.sad.sas)
+        await here.sink.prepare(context, False)
+        assert here.sad.sas != before
+        here.charon.sas.clear()
+        monkeypatch.setattr(here.host, "listening", lambda: anew)
+        await here.sink.undo(context)
+        assert here.sad.sas == before
+
+    run(scenario())
+
+
 def test_what_is_undone_before_the_mn_was_told_has_drawn_nothing() -> None:
     async def scenario() -> None:
         here = place()
