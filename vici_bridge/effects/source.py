@@ -62,6 +62,8 @@ log = logging.getLogger(__name__)
 
 _LOOK = 0.1
 """Seconds between two checks how much ESP the SA has sent."""
+CHARON_AGAIN = 2.0
+"""Seconds until charon, which is away, is asked again."""
 _LEAVING = ("REKEYED", "DELETING", "DELETED")
 
 
@@ -332,15 +334,23 @@ class CharonSource(ContextSource):
         try:
             await self._runner.run(INVITE, work)
         except BaseException:
-            await self._take_back(context, 0, journaled=False)
+            try:
+                await self._take_back(context, 0, journaled=False)
+            except IkectxError:
+                host.spawn(self._end_invitation(sa, speaks=False))
             raise
         if not (to or work.answered):  # one that is invited may have been told, and come to the other gateway
             raise LinkError(f"the MN at {context.remote} did not answer", status=Status.PEER_SILENT)
 
     async def _end_invitation(self, sa: SaName, speaks: bool) -> None:
-        """An agent before this one was ended while it invited: charon is to speak again, if it does not
-        yet."""
-        view = await self._host.view(sa)
+        """An agent before this one was ended while it invited, or charon was: charon is to speak again, if
+        it has the SA still and does not yet. While charon is away that waits."""
+        while True:
+            try:
+                view = await self._host.view(sa)
+                break
+            except CharonError:
+                await asyncio.sleep(CHARON_AGAIN)
         if view is None or speaks:
             self._host.mute.unmute(sa)
             self._host.leaving.drop(sa)

@@ -23,6 +23,7 @@ from tests.across.test_go_on import outbound, run, sends, served
 from tests.gateway_world import Place
 from tests.killing import Assassin, Killed, names, places
 from tests.worlds import until
+from vici_bridge.effects import invite as invite_module
 from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import source as source_module
 from vici_bridge.effects import thaw as thaw_module
@@ -766,6 +767,38 @@ def test_an_agent_may_be_killed_while_it_invites(monkeypatch: pytest.MonkeyPatch
                 assert not there.here.store.rows("source"), "no journal is written for an invitation"
                 assert there.here.mute.muted == set(), effect
                 assert sends(there.here, there.context)
+
+    run(scenario())
+
+
+def test_an_invitation_that_a_charon_does_not_live_to_see_the_end_of_is_over(
+    monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """Else the SA's row stays until the agent is started anew, and the SA mute if charon had it still."""
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            host, sa, away = there.here.host, there.context.spis, [True]
+            seen = host.view
+
+            async def ends(*_: object) -> None:
+                host.view = gone  # type: ignore[method-assign]
+                raise CharonError("charon has ended")
+
+            async def gone(sa: SaName, *, search: bool = True) -> SaView | None:
+                if away:
+                    raise CharonError("charon's VICI socket cannot be used")
+                return await seen(sa, search=search)
+
+            monkeypatch.setattr(invite_module, "tell_ids", ends)
+            source = CharonSource(host, there._mover, there._ender, Agent())
+            with pytest.raises(CharonError, match="has ended"):
+                await source.invite(sa, "nsg")
+            assert [row.step for row in host.leaving.all()] == [INVITE.name]
+            there.here.charon.sas.clear()
+            away.clear()
+            await until(lambda: not host.leaving.all())
+            assert there.here.mute.muted == set()
 
     run(scenario())
 
