@@ -79,8 +79,9 @@ async def _raise_numbers(work: Leaving) -> None:
 
 async def _put_back_policies(work: Leaving) -> None:
     """With the SA's present addresses: a mobile node that was about to leave may have changed its own since
-    (MOBIKE)."""
-    if work.host.kernel is None:
+    (MOBIKE). If charon has lost the SA, they would keep packets from the SA that the mobile node sets up
+    next, and nobody would remove them."""
+    if work.host.kernel is None or work.view is None:
         return
     local, remote = work.context.local.address, work.context.remote.address
     for raw in work.facts.policies or ():

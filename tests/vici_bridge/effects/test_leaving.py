@@ -600,6 +600,22 @@ def test_b9_an_sa_that_charon_lost_is_told_as_lost() -> None:
     run(scenario())
 
 
+def test_the_policies_of_an_sa_that_charon_lost_are_not_put_back() -> None:
+    """They would take the packets of the SA that the mobile node sets up next, and nobody removes them."""
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg")
+            there.here.charon.sas.clear()
+            there.here.sad.sas.clear()
+            with pytest.raises(UnknownSaError):
+                await there.source.thaw(there.context, JUMP)
+            ours = [one for one in there.here.sad.policies.values() if one.templates]
+            assert not [one for one in ours if one.direction == "out"]
+
+    run(scenario())
+
+
 def test_b12_an_exchange_that_begins_while_ids_are_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         async with gateway() as there:
