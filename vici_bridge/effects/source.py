@@ -106,9 +106,10 @@ class CharonSource(ContextSource):
         """The view for an export. charon is not asked if it has told nothing of the SA since it showed it
         last, because a freeze compares the export with its present state. One by which the SA cannot be moved
         is looked at again."""
-        host = self._host
-        seen = sa not in self.departing and host.known.settled(sa)
-        view = host.listing.unchanged(sa) if seen else None
+        host, view = self._host, None
+        if sa not in self.departing:
+            settled = host.known.settled(sa)
+            view = host.listing.unchanged(sa) if settled else host.listing.recent(sa)
         if view is None or view.state != "ESTABLISHED" or view.tasks:
             view = await self._view(sa)
         return view

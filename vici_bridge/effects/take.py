@@ -27,9 +27,6 @@ from .runner import Facts, LedgerStep, StepEffect
 
 log = logging.getLogger(__name__)
 
-MOMENT = 1.0
-"""Seconds for which charon's answer will do, because it is looked at again before anything depends on it."""
-
 
 async def converge(work: Coming) -> None:
     """Make charon and the kernel match the plan of new names. Errors: CharonError, KernelError."""
@@ -56,7 +53,7 @@ def _finals(work: Coming) -> IkeContext:
 async def _look(work: Coming) -> Facts | None:
     """What charon said when it had installed the SA will do, if that was just now."""
     work.host.hear()
-    work.listed = work.host.listing.recent(work.shape.spis, MOMENT) or await work.view()
+    work.listed = work.host.listing.recent(work.shape.spis) or await work.view()
     work.memory.seen.add(work.sa)
     if not _leads_now(work):
         return None

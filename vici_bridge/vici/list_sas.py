@@ -21,6 +21,8 @@ from .codec import Message, parse_message
 from .views import SaView, aged, sa_views
 
 _NEVER = -math.inf
+MOMENT = 1.0
+"""Seconds for which an answer of charon's will do for who looks again before anything depends on it."""
 
 
 class _ReadSa(Protocol):
@@ -81,19 +83,23 @@ class Listing:
         self._highest = max(self._highest, *(view.unique_id for view in views), 0)
         return views
 
-    def recent(self, sa: SaName, seconds: float) -> SaView | None:
-        """One of charon's SAs, if it was asked for so many seconds ago at most, alone or with all, and
-        nothing was told of it since."""
-        asked_at, view = self._seen.get(sa, (_NEVER, None))
-        outdated = asked_at <= self._told.get(sa, _NEVER)
-        return None if outdated or asyncio.get_running_loop().time() - asked_at > seconds else view
+    def recent(self, sa: SaName) -> SaView | None:
+        """One of charon's SAs, if it was asked for within `MOMENT`, alone or with all, and nothing was told
+        of it since."""
+        age, view = self._last(sa)
+        return view if age <= MOMENT else None
 
     def unchanged(self, sa: SaName) -> SaView | None:
         """One of charon's SAs as it was when it was asked for, however long ago, but with the times that it
         has left now, if nothing was told of it since."""
-        view = self.recent(sa, math.inf)
-        age = asyncio.get_running_loop().time() - self._seen[sa][0] if view is not None else 0.0
+        age, view = self._last(sa)
         return None if view is None else aged(view, int(age))
+
+    def _last(self, sa: SaName) -> tuple[float, SaView | None]:
+        """How long ago it was asked for (seconds), and what came of it, if nothing was told of it since."""
+        asked_at, view = self._seen.get(sa, (_NEVER, None))
+        outdated = asked_at <= self._told.get(sa, _NEVER)
+        return asyncio.get_running_loop().time() - asked_at, None if outdated else view
 
     def outdate(self, sas: Iterable[SaName]) -> None:
         """charon has told of these. What was asked about them before is not recent any more, also if the

@@ -15,11 +15,11 @@ from tests import hand_loop
 from tests.across.test_go_on import served
 from tests.gateway_world import Place
 from tests.vici_bridge.effects.test_sink import a_context, final_of, move, place, rival, run
-from vici_bridge import host as host_module
 from vici_bridge.effects.looks import MANY
 from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.segment import ALL, segment_of
 from vici_bridge.policy.present import Present
+from vici_bridge.vici import list_sas as listing_module
 from vici_bridge.vici.codec import Message
 from vici_bridge.vici.views import SaView
 
@@ -147,12 +147,13 @@ def listings(here: Place) -> list[str]:
 def test_how_often_charon_is_asked_for_its_sas_in_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six times at both gateways. Each look that is left finds a change of charon that nothing else tells;
     the SPD is not dumped."""
-    monkeypatch.setattr(host_module, "MOMENT", 60.0)  # however slow this machine is
+    monkeypatch.setattr(listing_module, "MOMENT", 60.0)  # however slow this machine is
 
     async def scenario() -> None:
         async with served() as (old, source, _):
             new = place()
             at_old, at_new = listings(old), listings(new)
+            await asyncio.sleep(0.1)  # since the last order to charon
             (sa,) = await old.host.views()  # by which a command chooses
             context = await source.export(sa.spis)
             new.mobiles.add(context)

@@ -78,6 +78,7 @@ def test_charon_is_asked_for_an_export_only_if_something_may_have_changed() -> N
 
             async def shows(view: SaView) -> None:
                 """charon shows it so, when somebody lists it."""
+                await asyncio.sleep(0.01)
                 host.listing._seen[sa] = asyncio.get_running_loop().time(), view
                 await asyncio.sleep(0.01)
 

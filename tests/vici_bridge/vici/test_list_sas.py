@@ -92,16 +92,16 @@ def test_a_recent_listing_of_all_tells_of_one() -> None:
     async def scenario() -> None:
         charon = Charon()
         listing = Listing(charon.read_sas)
-        assert listing.recent(SPIS[0], 60.0) is None
+        assert listing.recent(SPIS[0]) is None
         await listing.views()
-        found = [listing.recent(spis, 60.0) for spis in SPIS]
+        found = [listing.recent(spis) for spis in SPIS]
         assert [view and view.spis for view in found] == SPIS
-        assert listing.recent((bytes(8), bytes(8)), 60.0) is None
-        await asyncio.sleep(0.02)
-        assert listing.recent(SPIS[0], 0.01) is None
+        assert listing.recent((bytes(8), bytes(8))) is None
+        await asyncio.sleep(listing_module.MOMENT + 0.1)
+        assert listing.recent(SPIS[0]) is None
         assert charon.asked == [None]
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_what_was_asked_before_charon_told_of_it_is_neither_recent_nor_unchanged() -> None:
@@ -112,12 +112,12 @@ def test_what_was_asked_before_charon_told_of_it_is_neither_recent_nor_unchanged
         await listing.views()
         await asyncio.sleep(0.01)
         listing.outdate(SPIS[:2])
-        assert [listing.recent(spis, 60.0) is None for spis in SPIS] == [True, True, False, False, False]
+        assert [listing.recent(spis) is None for spis in SPIS] == [True, True, False, False, False]
         assert [listing.unchanged(spis) is None for spis in SPIS] == [True, True, False, False, False]
         # the number by which it is asked for stays
         charon.asked.clear()
         assert await listing.view(SPIS[0]) is not None and charon.asked == [1]
-        assert listing.recent(SPIS[0], 60.0) is not None and listing.unchanged(SPIS[0]) is not None
+        assert listing.recent(SPIS[0]) is not None and listing.unchanged(SPIS[0]) is not None
 
     asyncio.run(scenario())
 
@@ -132,7 +132,7 @@ def test_an_answer_to_a_question_from_before_charon_told_of_an_sa_is_not_its_pre
         listing.outdate([SPIS[0]])
         charon.gate.set()
         assert await asking is not None
-        assert listing.unchanged(SPIS[0]) is None and listing.recent(SPIS[0], 60.0) is None
+        assert listing.unchanged(SPIS[0]) is None and listing.recent(SPIS[0]) is None
 
     asyncio.run(scenario())
 
