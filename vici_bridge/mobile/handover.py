@@ -571,9 +571,11 @@ class Handovers:
                 await self._mobile.rekey(run.sa)
 
     async def _see_moved(self, run: HandoverRun, remote: Endpoint) -> None:
-        """See that charon knows its gateway's address by now, or its next request would go to the old one."""
+        """See that charon knows its gateway's address by now, or its next request would go to the old one. It
+        may have gone on to another one of that gateway (MOBIKE)."""
         try:
-            if any(v.spis == run.now and v.remote == remote for v in await self._outside.views()):
+            there = [view.remote for view in await self._outside.views() if view.spis == run.now]
+            if any(one == remote or one.address in run.nsg.addresses for one in there):
                 return
             trouble = f"{run.nsg.name} serves the SA, but charon here does not talk to it"
         except IkectxError as error:

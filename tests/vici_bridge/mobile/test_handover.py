@@ -13,6 +13,7 @@ from ikectx.errors import BusyError, CharonError, ConfigError, LinkError, Unknow
 from ikectx.node.mobility import Handover, HandoverOutcome, HandoverPrepared, MobileState
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Endpoint
+from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import StatusBlock
 from tests.asking_node import CONFIG, World, do
 from tests.mobile_world import NEW, NSG, OLD, PSG, VIP
@@ -267,6 +268,26 @@ def test_charon_fails_at_the_end() -> None:
         # `loud` ended it, as far as it can tell; but charon is not where it should be
         assert (report.result, report.serves, report.exit_code) == ("moved", "nsg", CharonError.exit_code)
         assert "does not talk to it" in report.detail
+
+    do(scenario())
+
+
+def test_charon_may_have_gone_on_to_another_address_of_the_new_gateway(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By MOBIKE, as soon as it is active again."""
+
+    async def scenario() -> None:
+        w = World()
+        loud = w.mobile.loud
+
+        async def probes(sa: SaName) -> None:
+            await loud(sa)
+            w.mobile.remote = Endpoint.of("2001:db8:2::1", 4500)
+
+        monkeypatch.setattr(w.mobile, "loud", probes)
+        report = await w.arrive()
+        assert (report.result, report.exit_code, report.detail) == ("moved", 0, "")
 
     do(scenario())
 
