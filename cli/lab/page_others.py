@@ -34,7 +34,9 @@ def beside(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         "probe's own interval in it. *times the first*: how many times that beside the fewest others; "
         f"the aim is {BESIDE_OTHERS:g} (≤: reached, >: not). CPU is the user and system time of the "
         "processes from the request until the move has ended. charon has 16 HA segments "
-        "(`segment_count`): when an SA becomes active, those of its segment are passive for a moment. In "
+        "(`segment_count`): when an SA becomes active, those of its segment are passive for a moment. With "
+        "the kernel's ESP the gateways' charons have the settings of "
+        "[many-sas.conf](../examples/config/many-sas.conf). In "
         "a push with ESP in user space the mobile node takes nothing from the new gateway before it has "
         "rekeyed its CHILD_SA, for which that gateway's charon has to be active."
     )
