@@ -416,7 +416,7 @@ class Driver:
     async def _on_disk(self, prepared: Sequence[None]) -> Sequence[None]:
         """The other gateway sends packets on to an SA that is prepared here. What blocks them, if this one
         loses its power and with it the SA, is on the disk before, unless that takes longer than `ON_DISK`."""
-        with suppress(StoreError, TimeoutError):  # what follows fails, too, and undoes the SA
+        with suppress(StoreError, TimeoutError):  # a full disk fails what follows, which undoes the SA
             self._store.write(durable=False)
             await within(ON_DISK, self._syncs.now())
         return prepared
