@@ -107,6 +107,11 @@ def number(settings: Mapping[str, Setting], key: str, default: int) -> int:
     return default
 
 
+def is_yes(value: str) -> bool:
+    """Whether charon takes a setting's value for "yes" where it can be "no"."""
+    return value.lower() not in ("no", "false", "0", "disabled")
+
+
 def with_numbers(config: CharonConfig) -> CharonConfig:
     """The same with the ports, the length of HA messages and the number of HA segments that charon really
     has, from its strongswan.conf where they are not set."""

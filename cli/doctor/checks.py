@@ -13,7 +13,7 @@ from typing import Any
 from ikectx.errors import KernelError
 from vici_bridge.ha.version import UPGRADE, wire_version
 
-from ..settings import Setting
+from ..settings import Setting, is_yes
 from .certificates import certificates, expiry
 from .findings import Checks, Outcome
 from .inside import inside, pools
@@ -59,7 +59,7 @@ def ha_plugin(world: World) -> Iterator[Outcome]:
     plugins = world.charon("stats").get("plugins", [])
     if "ha" not in plugins:
         settings = world.settings("strongswan.conf")
-        if settings and not list(_wrong_settings(world, settings)) and _yes(_ha(settings, "load", "no")):
+        if settings and not list(_wrong_settings(world, settings)) and is_yes(_ha(settings, "load", "no")):
             found = (
                 "charon has not loaded the ha plugin, which strongswan.conf names: it has not been restarted"
             )
@@ -103,13 +103,13 @@ def _wrong_settings(world: World, settings: Mapping[str, Setting]) -> Iterator[O
         *([("segment_count", "1", str(charon.segments), "[charon] segments")] if charon.segments else ()),
     ):
         found = _ha(settings, key, default)
-        if _yes(found) if wanted == "no" else found != wanted:
+        if is_yes(found) if wanted == "no" else found != wanted:
             yield (
                 "fail",
                 f"charon.plugins.ha.{key} is {found or 'not set'}, not {wanted} ({why})",
                 ha_snippet(world),
             )
-    if _yes(_ha(settings, "resync", "yes")):
+    if is_yes(_ha(settings, "resync", "yes")):
         yield (
             "warn",
             "charon.plugins.ha.resync is on: charon asks for a resync at each start",
@@ -117,10 +117,6 @@ def _wrong_settings(world: World, settings: Mapping[str, Setting]) -> Iterator[O
         )
     if _ha(settings, "secret", ""):
         yield "fail", "charon.plugins.ha.secret is set: the agent cannot read its messages", "remove it"
-
-
-def _yes(value: str) -> bool:
-    return value.lower() not in ("no", "false", "0", "disabled")
 
 
 def ha_socket(world: World) -> Iterator[Outcome]:

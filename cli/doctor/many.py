@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vici_bridge.vici.answers import View
 
-from ..settings import number
+from ..settings import is_yes, number
 from .findings import Outcome
 from .world import World
 
@@ -38,7 +38,7 @@ def many_sas(world: World) -> Iterator[Outcome]:
             FIX,
         )
     off = any(
-        settings[key].value.lower() in ("no", "false", "0", "disabled")
+        not is_yes(settings[key].value)
         for key in ("charon-systemd.install_routes", "charon.install_routes")
         if key in settings
     )
