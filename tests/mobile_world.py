@@ -183,6 +183,7 @@ class Charon:
     kernel: Kernel | None
     state: str = "ESTABLISHED"
     tasks: list[str] = field(default_factory=list)
+    queued: list[str] = field(default_factory=list)
     children: list[Child] = field(default_factory=list)
     rekeyed: list[str] = field(default_factory=list)
     refuse_children: bool = False
@@ -279,6 +280,7 @@ class Charon:
             "remote-port": str(self.remote.port),
             "local-vips": [str(vip) for vip in self.context.local_vips],
             "tasks-active": list(self.tasks),
+            "tasks-queued": list(self.queued),
             "rekey-time": "9000",
             "child-sas": {
                 f"{child.context.name}-{child.unique_id}": {

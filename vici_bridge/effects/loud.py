@@ -29,7 +29,7 @@ async def activate(work: Moving) -> Facts:
         await host.segments.activate()
     if there:
         with contextlib.suppress(UnknownSaError):
-            await work.steps.until(
+            work.view = await work.steps.until(
                 work.name, "activate the SA", lambda view: view.state in ("ESTABLISHED", "REKEYING")
             )
     return {"quiet": False, "move": b""}

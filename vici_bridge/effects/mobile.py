@@ -66,7 +66,7 @@ from .moving import Moving
 from .quiet import QUIET, in_the_way
 from .readdress import READDRESS
 from .runner import Runner
-from .speaking import tell_ids
+from .speaking import go_on_asking, tell_ids
 from .steps import MoveSteps
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,8 @@ IDLE_TIMEOUT = 3.0
 its new address to its gateway first (MOBIKE)."""
 AGAIN = 1.0
 """Seconds until charon is asked again if it was not reachable when the agent started."""
+BEGUN = 2.0
+"""Seconds after which charon has begun what it was about to do when its SA became active, or waits."""
 NO_RENAMES: Mapping[bytes, bytes] = MappingProxyType({})
 
 
@@ -434,11 +436,18 @@ class CharonMobile:
             )
             failed = error
         rekeys = moved and (host.kernel is None or failed is not None)
-        await self._runner.run(LOUD, self._moving(sa, name=name, rekeys=rekeys))
+        work = self._moving(sa, name=name, rekeys=rekeys)
+        await self._runner.run(LOUD, work)
+        if work.view is not None and work.view.tasks:
+            host.spawn(self._go_on_asking(name))
         if host.on_change is not None:
             host.on_change(None)  # of what it was ordered to change charon reports nothing
         if failed is not None:
             raise failed
+
+    async def _go_on_asking(self, sa: SaName) -> None:
+        await asyncio.sleep(BEGUN)
+        await go_on_asking(self._host, sa)
 
     async def _apply_again(self, sa: SaName) -> None:
         """Give the SA what `apply` could not, once. Errors: CharonError while charon cannot be asked."""

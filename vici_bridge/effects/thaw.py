@@ -31,7 +31,7 @@ from vici_bridge.kernel.xfrm import KernelPolicy
 
 from .leaving import LIVING, SCRIPT_LIMIT, Leaving
 from .runner import Facts, LedgerStep, StepEffect
-from .speaking import speak, tell_ids
+from .speaking import go_on_asking, speak, tell_ids
 
 log = logging.getLogger(__name__)
 
@@ -183,25 +183,13 @@ async def _call_back(work: Leaving) -> None:
             host.mute.only_answer(work.sa)
     if not answered:
         raise LinkError(f"{context.connection}: the MN at {context.remote} is silent here, too")
-    await _go_on_asking(work)
-
-
-async def _go_on_asking(work: Leaving) -> None:
-    """An exchange that charon has begun meanwhile goes back into its queue when it is told message IDs, and
-    begins again when charon is told to begin something: here the rekey of a CHILD_SA (5.9.8)."""
-    try:
-        view = await work.host.view(work.sa)
-        if work.facts.renaming:
-            # the effect "rekey" was left out if charon was to ask nothing
-            if not _knows_ids(work):
-                await _renew(work)
-            return
-        if view is None or not view.tasks:
-            return
-        for child in view.children[:1]:
-            await work.host.vici.rekey(child_id=child.unique_id)
-    except (CharonError, WireError) as error:
-        log.warning("%s: what charon was about to do waits: %s", work.context.connection, error)
+    if not work.facts.renaming:
+        await go_on_asking(host, work.sa)
+    elif not _knows_ids(work):  # the effect "rekey" was left out if charon was to ask nothing
+        try:
+            await _renew(work)
+        except (CharonError, WireError) as error:
+            log.warning("%s: its CHILD_SAs are not rekeyed: %s", context.connection, error)
 
 
 async def _speak(work: Leaving) -> None:

@@ -94,6 +94,8 @@ class SaView:
     reauth: int | None = None
     established: int | None = None
     tasks: tuple[str, ...] = ()
+    waits: bool = False
+    """Tasks are queued and none is active: charon begins them with its next exchange, whenever that is."""
     children: tuple[ChildView, ...] = ()
     algorithms: tuple[str, ...] = ()
     ppk: bool = False
@@ -224,7 +226,7 @@ def sa_view(name: str, view: View) -> SaView:
     """One IKE_SA of `list-sas`. Errors: WireError."""
     texts = _texts(view)
     children = sections(view, "child-sas")
-    tasks = (*_list(view, "tasks-active"), *_list(view, "tasks-queued"), *_list(view, "tasks-passive"))
+    active, queued = _list(view, "tasks-active"), _list(view, "tasks-queued")
     algorithms = tuple(filter(None, (texts.get(key) for key in _ALGORITHMS)))
     return SaView(
         name=name,
@@ -243,7 +245,8 @@ def sa_view(name: str, view: View) -> SaView:
         rekey=_seconds(texts, "rekey-time"),
         reauth=_seconds(texts, "reauth-time"),
         established=_seconds(texts, "established"),
-        tasks=tasks,
+        tasks=(*active, *queued, *_list(view, "tasks-passive")),
+        waits=bool(queued) and not active,
         children=tuple(child_view(child) for child in children.values()),
         algorithms=algorithms,
         ppk=texts.get("ppk") == "yes",

@@ -290,7 +290,7 @@ def test_a_silent_mn_is_called_back_until_it_answers(quick: None) -> None:
             async def asks(sa: SaName, *, search: bool = True) -> SaView | None:
                 """charon has asked something that nobody heard."""
                 found = await view(sa, search=search)
-                return found and replace(found, tasks=("CHILD_REKEY",))
+                return found and replace(found, tasks=("CHILD_REKEY",), waits=True)
 
             there.here.host.view = asks  # type: ignore[method-assign]
             there.mn = True

@@ -31,7 +31,7 @@ from tests.mobile_world import (
     quick,
 )
 from vici_bridge.effects import steps as steps_module
-from vici_bridge.effects.mobile import EndedUnheardError
+from vici_bridge.effects.mobile import BEGUN, EndedUnheardError
 from vici_bridge.effects.mobile_move import MobileMove
 from vici_bridge.effects.steps import MoveSteps
 from vici_bridge.ha import messages as ha
@@ -671,5 +671,25 @@ def test_a_charon_that_hangs_has_the_new_addresses_when_it_answers_again(
             await asyncio.sleep(1.0)
         at(node, NEW, NSG)
         assert node.charon.peers == (NSG,)
+
+    do(scenario())
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_an_exchange_that_waits_in_charons_queue_is_begun(begins: bool) -> None:
+    """charon was told message IDs, and looked for its gateway before: nothing else told it to begin."""
+
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        context = await node.mobile.export(node.sa)
+        node.charon.tasks = ["IKE_MOBIKE"]
+        await node.mobile.quiet(node.sa, unanswered=True)
+        node.charon.tasks, node.charon.queued = [], ["IKE_MOBIKE", "IKE_MOBIKE"]
+        await node.mobile.readdress(context, NEW, NSG)
+        await node.mobile.loud(node.sa)
+        if begins:
+            node.charon.tasks, node.charon.queued = ["IKE_MOBIKE"], ["IKE_MOBIKE"]
+        await asyncio.sleep(2 * BEGUN)
+        assert bool(node.charon.rekeyed) is not begins
 
     do(scenario())
