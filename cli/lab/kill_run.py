@@ -265,9 +265,13 @@ class KillRunner(ScenarioRunner):
             self._lab.command("mn", ["sh", "-c", f"ikectx {named}"])
         if found or self._within(QUIET, self._served):
             (owner,) = self._owners()
+            # a mobile node is still called back, or invited to the other gateway
+            self._within(LATER, lambda: not self._under_way(owner))
+            if self._owners() != [owner]:
+                self._find_owner()
+                return
             self._serves["mn"] = owner
             self._say(f"{owner} serves")
-            self._within(LATER, lambda: not self._under_way(owner))  # a mobile node is still called back
             return
         owners = self._owners()
         # charon gives an SA up that no gateway answers for after a change of its address (MOBIKE)
