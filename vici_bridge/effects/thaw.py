@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ikectx import trace
@@ -27,6 +28,7 @@ from ikectx.errors import CharonError, IkectxError, LinkError, RefusedError, Wir
 from ikectx.sa.context import FinalState
 from ikectx.sa.relocate import relocate
 from vici_bridge.ha.ike_id import IkeId
+from vici_bridge.kernel.kernel import Kernel
 from vici_bridge.kernel.xfrm import KernelPolicy
 
 from .leaving import LIVING, SCRIPT_LIMIT, Leaving
@@ -79,18 +81,26 @@ async def _raise_numbers(work: Leaving) -> None:
 
 async def _put_back_policies(work: Leaving) -> None:
     """With the SA's present addresses: a mobile node that was about to leave may have changed its own since
-    (MOBIKE). If charon has lost the SA, they would keep packets from the SA that the mobile node sets up
-    next, and nobody would remove them."""
-    if work.host.kernel is None or work.view is None:
+    (MOBIKE). If charon was killed they are put back as well, beside what it has left in the kernel, or
+    packets would leave in the clear until the mobile node has an SA again; its policies take their place.
+    Not after a loss of power, when nothing is left: nobody would expect them there, and remove them."""
+    kernel, policies = work.host.kernel, [KernelPolicy.parse(raw) for raw in work.facts.policies or ()]
+    if kernel is None or (work.view is None and not _others_left(kernel, policies)):
         return
     local, remote = work.context.local.address, work.context.remote.address
-    for raw in work.facts.policies or ():
-        policy = KernelPolicy.parse(raw)
+    for policy in policies:
         now = tuple(
             one if one.destination.is_unspecified else replace(one, source=local, destination=remote)
             for one in policy.templates
         )
-        work.host.kernel.replace_policy(replace(policy, templates=now))
+        kernel.replace_policy(replace(policy, templates=now))
+
+
+def _others_left(kernel: Kernel, outbound: Sequence[KernelPolicy]) -> bool:
+    """Whether an inbound policy that belongs to one of these is in the kernel."""
+    reqids = {template.reqid for policy in outbound for template in policy.templates}
+    inbound = {policy.selector for policy in kernel.policies_about(reqids) if policy.direction == "in"}
+    return any(policy.selector.opposite in inbound for policy in outbound)
 
 
 async def _end_detour(work: Leaving) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
@@ -100,6 +100,21 @@ class Selector:
             destination.prefixlen,
             protocol,
             family=family_of(source.network_address),
+        )
+
+    @property
+    def opposite(self) -> Selector:
+        """Of the packets that come back."""
+        return replace(
+            self,
+            source=self.destination,
+            source_prefix=self.destination_prefix,
+            source_port=self.destination_port,
+            source_mask=self.destination_mask,
+            destination=self.source,
+            destination_prefix=self.source_prefix,
+            destination_port=self.source_port,
+            destination_mask=self.source_mask,
         )
 
 
