@@ -75,7 +75,7 @@ from ikectx.wire.whereabouts import Whereabouts
 from . import trace
 from .clock import Clock, MonotonicClock
 from .errors import IkectxError, LinkError, StateError, StoreError
-from .mistakes import log_mistake
+from .mistakes import log_failure, log_mistake
 from .timing import Timing
 from .together import Gather, Together
 from .within import within
@@ -341,7 +341,7 @@ class Driver:
         self.running.discard(task)
         self._quiet.set()
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
-            log_mistake(log, task.get_name(), error)
+            log_failure(log, task.get_name(), error)
 
     def _settle(self, ticket: int, outcome: object) -> None:
         self._progress.pop(ticket, None)

@@ -27,7 +27,7 @@ from ikectx.errors import (
     UnknownSaError,
     WireError,
 )
-from ikectx.mistakes import log_mistake
+from ikectx.mistakes import log_failure
 from ikectx.sa.context import NO_TAGS, Address, ChildContext, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.away.absences import Away
@@ -238,10 +238,7 @@ class CharonHost:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            if isinstance(error, IkectxError):
-                log.error("a background task failed: %s", error)
-            else:
-                log_mistake(log, "a background task", error)
+            log_failure(log, "a background task", error)
 
     # The HA stream.
 

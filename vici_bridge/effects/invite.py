@@ -5,9 +5,10 @@ mobile node the addresses of this gateway.
 2. Note charon's next message ID, then send the request under it. A step that begins anew sends the same
    octets, and the mobile node answers them as it did before.
 3. Tell charon which message ID is next, and unmute it. It had to wait, because it would use that ID.
+4. A mobile node that has not answered may have received the request, and only its answers were lost: it is
+   called back later, as after a thaw, and until then charon only answers.
 
-ESP is not touched. A mobile node that does not answer is dead for charon, too, which finds that out by
-itself.
+ESP is not touched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vici_bridge.ha.ike_id import IkeId
 from .freeze import Freezing, find_ids, hear_nothing, say_nothing, wait
 from .runner import Facts, LedgerStep, StepEffect
 from .speaking import speak, tell_ids
+from .thaw import CALL_LIMIT, CALLS_BACK, call_back
 
 SPEAKS = "charon speaks"
 """The effect from whose beginning on charon uses message IDs of its own again."""
@@ -52,6 +54,18 @@ async def _speak(work: Freezing) -> None:
     await speak(work.host, work.sa)
 
 
+async def _only_answer(work: Freezing) -> None:
+    work.host.mute.only_answer(work.sa)
+
+
+def _heard(work: Freezing) -> bool:
+    return work.answered
+
+
+def _unheard(work: Freezing) -> bool:
+    return not work.answered
+
+
 INVITE: LedgerStep[Freezing] = LedgerStep(
     "invite",
     (
@@ -61,8 +75,20 @@ INVITE: LedgerStep[Freezing] = LedgerStep(
         StepEffect("charon says nothing", say_nothing),
         StepEffect("message ID", _note_id),
         StepEffect("invitation", _invite, limit=INVITE_LIMIT, needed=False),
-        StepEffect("charon knows the ID", _tell_id),
-        StepEffect(SPEAKS, _speak, once=True),
+        StepEffect("charon knows the ID", _tell_id, when=_heard),
+        StepEffect(SPEAKS, _speak, when=_heard, once=True),
+        StepEffect("charon only answers", _only_answer, when=_unheard),
+        StepEffect(
+            CALLS_BACK,
+            call_back,
+            when=_unheard,
+            limit=CALL_LIMIT,
+            needed=False,
+            once=True,
+            later=True,
+            endless=True,
+            postponed=True,
+        ),
     ),
     ends=True,
     journaled=False,

@@ -80,8 +80,8 @@ class StepEffect(Generic[W]):
     do: carries it out, and returns facts to keep, None: nothing. when: whether it is needed for this SA.
     probe: whether it is done already. limit: seconds. needed: the step fails with it. once: it is noted
     before it begins, because it must not be done twice. later: if it failed and is not needed, it is tried
-    again in the background; endless: until it is done. soon: its facts may wait for the row's next write,
-    because nothing before that depends on them.
+    again in the background; endless: until it is done; postponed: it is tried only there. soon: its facts may
+    wait for the row's next write, because nothing before that depends on them.
     """
 
     name: str
@@ -93,6 +93,7 @@ class StepEffect(Generic[W]):
     once: bool = False
     later: bool = False
     endless: bool = False
+    postponed: bool = False
     soon: bool = False
 
 
@@ -212,6 +213,9 @@ class Runner(Generic[W]):
         begun = row.begun == effect.name
         if begun and effect.probe is not None and await effect.probe(work):
             return self._done(effect, work, None)
+        if effect.postponed:
+            await self._postpone(effect, work)
+            return False
         if (work.sa, effect.name) in self._cut:
             self._cut.discard((work.sa, effect.name))
             if not effect.needed:
@@ -244,8 +248,6 @@ class Runner(Generic[W]):
         return effect.once or (bool(facts) and not effect.soon)
 
     async def _leave(self, effect: StepEffect[W], work: W, error: IkectxError) -> None:
-        row = self._ledger.of(work.sa)
-        later = (*row.later, effect.name) if effect.later else row.later
         log.warning(
             "SA %s: %s failed, %s: %s",
             *(
@@ -255,6 +257,11 @@ class Runner(Generic[W]):
                 error,
             ),
         )
+        await self._postpone(effect, work)
+
+    async def _postpone(self, effect: StepEffect[W], work: W) -> None:
+        row = self._ledger.of(work.sa)
+        later = (*row.later, effect.name) if effect.later else row.later
         await self._put(replace(row, begun="", done=(*row.done, effect.name), later=later))
 
     async def _try_again(self, effects: Sequence[StepEffect[W]], work: W, turn: object, ends: bool) -> None:

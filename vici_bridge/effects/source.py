@@ -62,8 +62,8 @@ log = logging.getLogger(__name__)
 
 _LOOK = 0.1
 """Seconds between two checks how much ESP the SA has sent."""
-CHARON_AGAIN = 2.0
-"""Seconds until charon, which is away, is asked again."""
+AGAIN = 2.0
+"""Seconds until the end of an invitation is tried again, while charon is away or the store is full."""
 _LEAVING = ("REKEYED", "DELETING", "DELETED")
 
 
@@ -331,7 +331,7 @@ class CharonSource(ContextSource):
         else:
             raise RefusedError("the MN does not speak MOBIKE", status=Status.NO_MOBIKE)
         look = partial(self._view, sa)
-        work = Freezing(host, context, self._mover, look, to=to, teller=self._teller, told=told)
+        work = Freezing(host, context, self._mover, look, self._ender, to=to, teller=self._teller, told=told)
         try:
             await self._runner.run(INVITE, work)
         except BaseException:
@@ -344,20 +344,27 @@ class CharonSource(ContextSource):
             raise LinkError(f"the MN at {context.remote} did not answer", status=Status.PEER_SILENT)
 
     async def _end_invitation(self, sa: SaName, speaks: bool) -> None:
-        """An agent before this one was ended while it invited, or charon was: charon is to speak again, if
-        it has the SA still and does not yet. While charon is away that waits."""
-        while True:
+        """An agent before this one was ended while it invited, or charon was, or the store could not be
+        written: charon is to speak again, if it has the SA still and does not yet. That is tried until it
+        succeeds, or another step of the SA begins."""
+        host, told = self._host, False
+        while host.leaving.of(sa).step in (INVITE.name, THAW.name):
             try:
-                view = await self._host.view(sa)
-                break
-            except CharonError:
-                await asyncio.sleep(CHARON_AGAIN)
-        if view is None or speaks:
-            self._host.mute.unmute(sa)
-            self._host.leaving.drop(sa)
-            return
-        context = relocate(self._host.context(sa), local=view.local, remote=view.remote)
-        await self._take_back(context, 0, journaled=False)
+                view = await host.view(sa)
+                if view is None or speaks or sa not in host.record:
+                    host.mute.unmute(sa)
+                    host.leaving.drop(sa)
+                    return
+                context = relocate(host.context(sa), local=view.local, remote=view.remote)
+                await self._take_back(context, 0, journaled=False)
+                return
+            except IkectxError as error:
+                if not told:
+                    log.warning(
+                        "SA %s: charon is silent since an invitation, until this is over: %s", sa, error
+                    )
+                told = True
+                await asyncio.sleep(AGAIN)
 
     async def freeze(
         self,

@@ -41,6 +41,7 @@ CALLS_BACK = "call back"
 """The effect that is left for later as long as nobody knows which message ID the mobile node expects."""
 CALL_BACK = 40.0
 """Seconds in which the mobile node is called back, under all message IDs that can be the next one."""
+CALL_LIMIT = CALL_BACK + 5.0
 
 
 async def _look(work: Leaving) -> Facts | None:
@@ -135,7 +136,7 @@ async def _script_anew(work: Leaving) -> None:
 
 
 @trace.spanned("call back")
-async def _call_back(work: Leaving) -> None:
+async def call_back(work: Leaving) -> None:
     """The mobile node may have received the other gateway's request, although its answer was lost: call it
     back.
 
@@ -265,9 +266,9 @@ THAW: LedgerStep[Leaving] = LedgerStep(
         ),
         StepEffect(
             CALLS_BACK,
-            _call_back,
+            call_back,
             when=_served,
-            limit=CALL_BACK + 5.0,
+            limit=CALL_LIMIT,
             needed=False,
             once=True,
             later=True,
