@@ -1,4 +1,5 @@
-"""Logging of exceptions that are mistakes in the program: by the place they came from, without their text."""
+"""Logging of exceptions that end a task: mistakes in the program by the place they came from, without their
+text."""
 
 from __future__ import annotations
 
