@@ -51,12 +51,12 @@ class SourceFacts:
     none was removed yet. diverted: they were removed before the freeze, because the mobile node was
     leaving. sends_to: the gateway to which ESP of this SA is still sent while it is frozen, empty if it
     is not. request: message ID of our next request, given to the other gateway; None: the freeze was not
-    complete. unsure: the request before that has no answer. renaming: the mobile node may be given other
-    SPIs. ended: somebody had charon delete the SA while it left, and no Delete has left this host.
-    unique_id: that of charon, reqids, tags: reqid, marks and if_ids of each CHILD_SA by inbound SPI (4
-    octets), for the updown script. counters: the outbound sequence number of each CHILD_SA at the freeze,
-    by inbound SPI. numbers: those from which it goes on after a thaw, by outbound SPI; None: they are not
-    determined yet.
+    complete. unsure: the mobile node may have received requests from that on already. renaming: the mobile
+    node may be given other SPIs. ended: somebody had charon delete the SA while it left, and no Delete has
+    left this host. unique_id: that of charon, reqids, tags: reqid, marks and if_ids of each CHILD_SA by
+    inbound SPI (4 octets), for the updown script. counters: the outbound sequence number of each CHILD_SA at
+    the freeze, by inbound SPI. numbers: those from which it goes on after a thaw, by outbound SPI; None: they
+    are not determined yet.
     """
 
     policies: tuple[bytes, ...] | None = field(default=None, repr=False)

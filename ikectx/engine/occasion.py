@@ -31,10 +31,15 @@ class Occasion:
     asked_by: str = ""
 
 
+UNANSWERED = 2
+"""Requests without an answer that a mobile node may have received: one of charon's, or an invitation, which
+is sent under two message IDs."""
+
+
 def check_expected(state: IkeContext | FinalState, expects: int) -> None:
     """Check that the mobile node can expect this message ID of our next request. Errors: RefusedError."""
     last = state.mid_initiator
-    if state.unsure and not 0 <= expects - last <= 1:
+    if state.unsure and not 0 <= expects - last <= UNANSWERED:
         raise RefusedError(
             f"the MN expects request {expects} next, which cannot be: request {last} has no answer yet",
             status=Status.FAILED,

@@ -164,7 +164,7 @@ def test_reactive_the_mn_says_what_it_expects(expects: int) -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("expects", [M - 1, M + 2])
+@pytest.mark.parametrize("expects", [M - 1, M + 3])
 def test_reactive_what_cannot_be_is_refused(expects: int, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with world(rights=ALL) as w:

@@ -33,7 +33,8 @@ async def _begin(work: Freezing) -> None:
 async def _note_id(work: Freezing) -> Facts:
     await find_ids(work)
     assert work.known is not None
-    return {"request": work.known.mid_initiator}
+    # as long as it is not answered, the mobile node may have received it, under this ID or the next one
+    return {"request": work.known.mid_initiator, "unsure": True}
 
 
 async def _invite(work: Freezing) -> Facts:

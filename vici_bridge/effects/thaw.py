@@ -153,7 +153,10 @@ async def call_back(work: Leaving) -> None:
     if view is None:  # it has ended, or has other SPIs, since the first call
         host.mute.unmute(work.sa)
         return
-    mid, ids = facts.request or 0, 3 if facts.unsure else 2
+    # the other gateway's request, if it was sent, used one ID; one that nobody answered, and the two by which
+    # the mobile node was asked about that, one each. The octets for an ID are the same each time, and it
+    # answers them again.
+    mid, ids = facts.request or 0, 4 if facts.unsure else 2
     asks = 0
     with contextlib.suppress(IkectxError):
         await host.catch_up(work.sa)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
+from ikectx.engine.ports import MoveReport
 from ikectx.errors import BusyError, CharonError, LinkError, RefusedError, StoreError
 from ikectx.numbers import Notify
-from ikectx.sa.context import IkeContext
+from ikectx.sa.context import FinalState, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire.payloads import AnyPayload, NotifyPayload
 from mobike_ext.notify import Invitation
@@ -65,9 +66,12 @@ def test_an_invitation_uses_one_message_id() -> None:
     run(scenario())
 
 
-def test_one_that_does_not_answer_an_invitation_is_called_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have received it: then it ignores the next request under that ID, and has gone to the other
-    gateway, which asks for its SA meanwhile."""
+@pytest.mark.parametrize("received", [0, 1, 2])
+def test_one_that_does_not_answer_an_invitation_is_called_back(
+    received: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have received it, under one ID or two: then it ignores the next request under these, and has
+    gone to the other gateway, which asks for its SA meanwhile."""
     monkeypatch.setattr(runner_module, "AGAIN", (0.05, 0.05))
 
     async def scenario() -> None:
@@ -87,10 +91,17 @@ def test_one_that_does_not_answer_an_invitation_is_called_back(monkeypatch: pyte
             final = await source.freeze(away, "nsg", away=True)
             assert (final.mid_initiator, final.unsure) == (before, True)
             source.not_taken(sa)
+            mover = there._mover
+
+            async def answers(here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
+                there.mn = final.mid_initiator == before + received
+                return await mover(here, final, arrived)
+
+            source._mover = answers
             await source.thaw(away, JUMP)
             await until(lambda: not host.leaving.all())
-            assert there.called == [before]
-            assert host.context(sa).mid_initiator == before + 1
+            assert there.called == [before + used for used in range(received + 1)]
+            assert host.context(sa).mid_initiator == before + received + 1
             assert there.here.mute.muted == there.here.mute.answering == set()
 
     run(scenario())
