@@ -42,13 +42,12 @@ QUIET = 1.0
 @dataclass(slots=True)
 class Freezing(Leaving):
     """known: the SA with the message IDs that were found. listed: charon's last view. final: its ESP SAs as
-    they were left. teller: tells the mobile node the payloads `told`. answered: it has answered that."""
+    they were left. teller: tells the mobile node the payloads `told`."""
 
     known: IkeContext | None = None
     listed: SaView | None = None
     teller: Teller | None = None
     told: Sequence[AnyPayload] = ()
-    answered: bool = False
     final: tuple[FinalChild, ...] = ()
 
     def result(self) -> FinalState:

@@ -5,8 +5,11 @@ mobile node the addresses of this gateway.
 2. Note charon's next message ID, then send the request under it. A step that begins anew sends the same
    octets, and the mobile node answers them as it did before.
 3. Tell charon which message ID is next, and unmute it. It had to wait, because it would use that ID.
-4. A mobile node that has not answered may have received the request, and only its answers were lost: it is
-   called back later, as after a thaw, and until then charon only answers.
+
+If that fails, or the agent ends meanwhile, another step follows: charon is unmuted, unless the request may
+have been sent. Then the mobile node may have received it, and only its answer was lost. So charon only
+answers, and the mobile node is called back later, as after a thaw: in the background, because it may come to
+the other gateway at any moment, and the step by which the SA leaves then ends the call.
 
 ESP is not touched.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 from vici_bridge.ha.ike_id import IkeId
 
 from .freeze import Freezing, find_ids, hear_nothing, say_nothing, wait
+from .leaving import Leaving
 from .runner import Facts, LedgerStep, StepEffect
 from .speaking import speak, tell_ids
 from .thaw import CALL_LIMIT, CALLS_BACK, call_back
@@ -26,8 +30,10 @@ INVITE_LIMIT = 15.0
 """Seconds for the mobile node to answer."""
 
 
-async def _begin(work: Freezing) -> None:
-    """Nothing but the note that it began, because no journal knows of it, and charon is muted next."""
+async def _begin(work: Freezing) -> Facts:
+    """The note that it began, because no journal knows of it, and charon is muted next. What the row knows
+    of the message IDs is of a step before."""
+    return {"request": None, "unsure": False}
 
 
 async def _note_id(work: Freezing) -> Facts:
@@ -40,9 +46,7 @@ async def _note_id(work: Freezing) -> Facts:
 async def _invite(work: Freezing) -> Facts:
     request = work.facts.request
     assert request is not None and work.teller is not None
-    following = await work.teller(work.context, request, work.told)
-    work.answered = True
-    return {"request": following}
+    return {"request": await work.teller(work.context, request, work.told)}
 
 
 async def _tell_id(work: Freezing) -> None:
@@ -55,16 +59,20 @@ async def _speak(work: Freezing) -> None:
     await speak(work.host, work.sa)
 
 
-async def _only_answer(work: Freezing) -> None:
+async def _speak_again(work: Leaving) -> None:
+    await speak(work.host, work.sa)
+
+
+async def _only_answer(work: Leaving) -> None:
     work.host.mute.only_answer(work.sa)
 
 
-def _heard(work: Freezing) -> bool:
-    return work.answered
+def _asked(work: Leaving) -> bool:
+    return work.facts.request is not None
 
 
-def _unheard(work: Freezing) -> bool:
-    return not work.answered
+def _not_asked(work: Leaving) -> bool:
+    return work.facts.request is None
 
 
 INVITE: LedgerStep[Freezing] = LedgerStep(
@@ -75,14 +83,23 @@ INVITE: LedgerStep[Freezing] = LedgerStep(
         StepEffect("charon ends its exchange", wait),
         StepEffect("charon says nothing", say_nothing),
         StepEffect("message ID", _note_id),
-        StepEffect("invitation", _invite, limit=INVITE_LIMIT, needed=False),
-        StepEffect("charon knows the ID", _tell_id, when=_heard),
-        StepEffect(SPEAKS, _speak, when=_heard, once=True),
-        StepEffect("charon only answers", _only_answer, when=_unheard),
+        StepEffect("invitation", _invite, limit=INVITE_LIMIT),
+        StepEffect("charon knows the ID", _tell_id),
+        StepEffect(SPEAKS, _speak, once=True),
+    ),
+    ends=True,
+    journaled=False,
+)
+
+UNHEARD: LedgerStep[Leaving] = LedgerStep(
+    "unheard",
+    (
+        StepEffect("charon speaks again", _speak_again, when=_not_asked),
+        StepEffect("charon only answers", _only_answer, when=_asked),
         StepEffect(
             CALLS_BACK,
             call_back,
-            when=_unheard,
+            when=_asked,
             limit=CALL_LIMIT,
             needed=False,
             once=True,

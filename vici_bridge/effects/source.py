@@ -19,7 +19,15 @@ from typing import Any
 from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS, ContextSource, RelayTo, Stand, Way
 from ikectx.engine.ports import Address as Wish
 from ikectx.engine.tables import OSEQ_JUMP
-from ikectx.errors import BusyError, CharonError, IkectxError, LinkError, RefusedError, UnknownSaError
+from ikectx.errors import (
+    BusyError,
+    CharonError,
+    IkectxError,
+    LinkError,
+    RefusedError,
+    StateError,
+    UnknownSaError,
+)
 from ikectx.numbers import Status
 from ikectx.sa.context import NO_TAGS, Address, ChildContext, FinalChild, FinalState, IkeContext, PeerContext
 from ikectx.sa.keys import esp_keys
@@ -52,7 +60,7 @@ from vici_bridge.vici.views import (
 )
 
 from .freeze import DIVERT, FREEZE, Freezing, goes_on_still, stop_at_last
-from .invite import INVITE, SPEAKS
+from .invite import INVITE, SPEAKS, UNHEARD
 from .leaving import LIVING, Ender, Leaving, Teller, in_the_way, last_request
 from .release import RELEASE
 from .runner import Runner, context_of
@@ -84,7 +92,7 @@ class CharonSource(ContextSource):
         self._ender = ender
         self._teller = teller
         self._runner: Runner[Any] = Runner(
-            host.leaving, host.spawn, host.listing.crowd, DIVERT, FREEZE, THAW, RELEASE, INVITE
+            host.leaving, host.spawn, host.listing.crowd, DIVERT, FREEZE, THAW, RELEASE, INVITE, UNHEARD
         )
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
@@ -334,35 +342,39 @@ class CharonSource(ContextSource):
         work = Freezing(host, context, self._mover, look, self._ender, to=to, teller=self._teller, told=told)
         try:
             await self._runner.run(INVITE, work)
-        except BaseException:
+        except BaseException as error:
             try:
-                await self._take_back(context, 0, journaled=False)
+                await self._unheard(context)
             except IkectxError:
                 host.spawn(self._end_invitation(sa, speaks=False))
-            raise
-        if not (to or work.answered):  # one that is invited may have been told, and come to the other gateway
-            raise LinkError(f"the MN at {context.remote} did not answer", status=Status.PEER_SILENT)
+            if not isinstance(error, (LinkError, StateError)):
+                raise
+            log.warning("%s did not answer when it was told to go elsewhere: %s", context.connection, error)
+            if not to:  # one that is invited may have been told, and come to the other gateway
+                silent = f"the MN at {context.remote} did not answer"
+                raise LinkError(silent, status=Status.PEER_SILENT) from None
+
+    async def _unheard(self, context: IkeContext) -> None:
+        """An invitation has failed."""
+        await self._runner.run(UNHEARD, self._leaving(context))
 
     async def _end_invitation(self, sa: SaName, speaks: bool) -> None:
         """An agent before this one was ended while it invited, or charon was, or the store could not be
         written: charon is to speak again, if it has the SA still and does not yet. That is tried until it
         succeeds, or another step of the SA begins."""
         host, told = self._host, False
-        while host.leaving.of(sa).step in (INVITE.name, THAW.name):
+        while host.leaving.of(sa).step in (INVITE.name, UNHEARD.name):
             try:
                 view = await host.view(sa)
                 if view is None or speaks or sa not in host.record:
                     host.mute.unmute(sa)
                     host.leaving.drop(sa)
                     return
-                context = relocate(host.context(sa), local=view.local, remote=view.remote)
-                await self._take_back(context, 0, journaled=False)
+                await self._unheard(relocate(host.context(sa), local=view.local, remote=view.remote))
                 return
             except IkectxError as error:
                 if not told:
-                    log.warning(
-                        "SA %s: charon is silent since an invitation, until this is over: %s", sa, error
-                    )
+                    log.warning("SA %s: charon is silent since an invitation, because of this: %s", sa, error)
                 told = True
                 await asyncio.sleep(AGAIN)
 
@@ -451,16 +463,15 @@ class CharonSource(ContextSource):
                 hint="nobody serves the MN; it connects anew when it notices",
             )
 
-    async def _take_back(self, context: IkeContext, oseq_jump: int, *, journaled: bool = True) -> bool:
-        """Thaw; returns whether charon has lost the SA while the other gateway had it. `journaled`: the
-        journal's next state follows, with which the end of it is written."""
+    async def _take_back(self, context: IkeContext, oseq_jump: int) -> bool:
+        """Thaw; returns whether charon has lost the SA while the other gateway had it."""
         self._sending.discard(context.spis)
         view = await self._host.view(context.spis)
         if view is not None:
             context = relocate(context, local=view.local, remote=view.remote)
         work = self._leaving(context, view, jump=oseq_jump)
         facts = work.facts
-        await self._runner.run(replace(THAW, journaled=journaled), work)
+        await self._runner.run(THAW, work)
         return work.view is None and facts.request is not None and not facts.ended
 
     async def release(self, context: IkeContext) -> None:
@@ -508,7 +519,7 @@ class CharonSource(ContextSource):
             except IkectxError as error:
                 log.error("SA %s: ESP that goes on is not ended by the agent's start: %s", row.sa, error)
         for row in self._host.leaving.all():
-            if row.step == INVITE.name:
+            if row.step in (INVITE.name, UNHEARD.name):
                 self._host.spawn(self._end_invitation(row.sa, SPEAKS in (row.begun, *row.done)))
         self._host.away.restore()
         self._runner.resume(lambda sa, context: self._leaving(context))
