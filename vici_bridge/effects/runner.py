@@ -284,12 +284,16 @@ class Runner(Generic[W]):
                     self._trying.pop(work.sa, None)
             else:
                 log.error("SA %s: %s is given up", work.sa, effect.name)
-        if self._waiting.get(work.sa) is turn:
-            del self._waiting[work.sa]
+        told = False
+        while self._waiting.get(work.sa) is turn:
             try:
                 if ends:
                     self._ledger.drop(work.sa)
                 else:
                     self._ledger.put(replace(self._ledger.of(work.sa), later=(), context=()))
+                del self._waiting[work.sa]
             except StoreError as error:
-                log.error("SA %s: that nothing is left to do is not noted: %s", work.sa, error)
+                if not told:
+                    log.error("SA %s: that nothing is left to do is not noted yet: %s", work.sa, error)
+                told = True
+                await asyncio.sleep(AGAIN[0])

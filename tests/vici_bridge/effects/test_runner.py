@@ -271,3 +271,36 @@ def test_a_step_without_a_store_does_not_begin_what_it_must_note(monkeypatch: py
         assert work.did == []
 
     asyncio.run(scenario())
+
+
+def test_that_nothing_is_left_is_noted_when_the_store_has_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row stayed for good."""
+    monkeypatch.setattr(runner_module, "AGAIN", (0.01, 0.01))
+
+    async def scenario() -> None:
+        tried: list[int] = []
+
+        async def call(work: Work) -> None:
+            tried.append(1)
+            if len(tried) == 1:
+                raise KernelError("by hand")
+
+        step = LedgerStep("step", (StepEffect("call", call, needed=False, later=True),), ends=True)
+        bench, full = Bench(step), True
+        drop = bench.ledger.drop
+
+        def drops(sa: SaName, *, soon: bool = False) -> None:
+            if full:
+                raise StoreError("database or disk is full")
+            drop(sa, soon=soon)
+
+        monkeypatch.setattr(bench.ledger, "drop", drops)
+        await bench.runner.run(step, Work())
+        await until(lambda: len(tried) == 2)
+        await asyncio.sleep(0.1)
+        assert bench.ledger.all()
+        full = False
+        await until(lambda: not bench.ledger.all())
+        assert len(tried) == 2
+
+    asyncio.run(scenario())
