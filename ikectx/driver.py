@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from ikectx.disk import syncs
 from ikectx.disk.store import SqliteStore
-from ikectx.disk.syncs import Syncs
 from ikectx.engine.core import Engine, Moment, Wanted
 from ikectx.engine.effects import (
     Activate,
@@ -89,10 +89,9 @@ By then charon has told that the SA is gone, so that the record has forgotten it
 
 ON_DISK = 0.2
 """Seconds that an SA which is prepared waits for the disk: a mobile node may wait as well."""
-SYNC_OWNED, SYNC_REST = 0.1, 1.0
-"""Seconds from a write until the log is synced, with all writes of that time: where an SA is taken over, and
-otherwise; at once where it is let go. Only an SA that is prepared waits for it (`_on_disk`). SAs do not
-outlive a loss of power, but packets that arrive then are blocked or sent on by what the store says."""
+SYNC_OWNED = 0.1
+"""Seconds from a write until the log is synced where an SA is taken over; at once where it is let go,
+otherwise as any other write. Only an SA that is prepared waits for it (`_on_disk`)."""
 
 GATHER = 0.03
 """Seconds that an SA that was prepared waits for others that are being prepared, so that they are frozen and
@@ -178,7 +177,7 @@ class Driver:
         """`_sent`: whether a message left in this round of `pump`."""
         self._closed = self._ended = False
         self._erasing: asyncio.TimerHandle | None = None
-        self._syncs = Syncs(store)
+        self._syncs = syncs.Syncs(store)
         self._safely: Together[None, None] = Together(self._on_disk)
         self._quiet = asyncio.Event()
 
@@ -397,7 +396,7 @@ class Driver:
         writes, self._writes = self._writes, []
         with trace.about(writes[0].entry.transfer_id), trace.span("journal", "call"):
             outcomes = self._written(writes)
-        self._syncs.within(min(_SYNC_WITHIN.get(output.entry.state, SYNC_REST) for output in writes))
+        self._syncs.within(min(_SYNC_WITHIN.get(output.entry.state, syncs.REST) for output in writes))
         for output, outcome in zip(writes, outcomes, strict=True):
             self._ended = self._ended or bool(output.entry.result)
             self.engine.effect_done(self.now(), output.effect, outcome)

@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -97,6 +97,9 @@ class SqliteStore:
         self._path = str(path)
         self._durable: bool | None = None
         self._written = 0
+        self.wrote: Callable[[], None] | None = None
+        """Is called after each write, which survives the process then, but not the power, if it is not
+        durable."""
         self._waiting: dict[tuple[str, str, str], bytes | None] = {}
         """Rows of the ledger that are to be written with whatever is written next."""
         self._soon: dict[tuple[bytes, Role], JournalEntry] = {}
@@ -308,6 +311,8 @@ class SqliteStore:
                 journal_rows.write(self._db, self._sealer, entry, self._sealed.get(ident))
             if lines:
                 self._audit.append(*lines)
+        if self.wrote is not None:
+            self.wrote()
         self._waiting.clear()
         self._soon.clear()
         for ident, entry in due.items():

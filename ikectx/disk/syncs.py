@@ -6,6 +6,10 @@ import asyncio
 
 from .store import SqliteStore
 
+REST = 1.0
+"""Seconds from any write until the log is synced, with all writes of that time. A note that was deleted must
+not come back: after a loss of power packets are sent on, or blocked, by what the store says."""
+
 
 class Syncs:
     """The syncs of one store, each in another thread, because a disk may take long."""
@@ -19,6 +23,7 @@ class Syncs:
         self._closed = False
         self._count = 0
         """Syncs that have begun."""
+        store.wrote = self._wrote
 
     async def now(self) -> None:
         """Have what was written until now survive a loss of power, and wait for that. One that is under way
@@ -41,9 +46,13 @@ class Syncs:
             self._due = due
             self._arm()
 
+    def _wrote(self) -> None:
+        self.within(REST)
+
     def close(self) -> None:
         """Begin none any more."""
         self._closed = True
+        self._store.wrote = None
         self._cancel()
 
     def _cancel(self) -> None:

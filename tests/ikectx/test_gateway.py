@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ikectx import driver, gateway
+from ikectx.disk import syncs
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.journaled import TransferPolicy
 from ikectx.engine.ports import Address
@@ -123,7 +124,7 @@ def test_an_sa_that_is_prepared_or_let_go_is_synced_at_once(monkeypatch: pytest.
         time.sleep(0.1)
         synced.append(tuple(states))
 
-    monkeypatch.setattr(driver, "SYNC_REST", 1e6)
+    monkeypatch.setattr(syncs, "REST", 1e6)
     monkeypatch.setattr(SqliteStore, "write", note_write)
     monkeypatch.setattr(SqliteStore, "sync", note_sync)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ikectx.disk.store import SqliteStore
-from ikectx.disk.syncs import Syncs
+from ikectx.disk.syncs import REST, Syncs
 from tests.hand_loop import HandLoop, run
 
 
@@ -87,5 +87,25 @@ def test_none_begins_behind_the_end(took: list[tuple[float, float]]) -> None:
             syncs.within(0.0)
             await asyncio.sleep(1.0)
             assert took == []
+
+    run(scenario())
+
+
+def test_any_note_is_synced_soon_and_so_is_that_it_was_deleted(took: list[tuple[float, float]]) -> None:
+    """A gateway that lost its power sent packets on to another one that had no SA for them any more."""
+
+    async def scenario() -> None:
+        with SqliteStore(":memory:", bytes(32)) as store:
+            syncs, start = Syncs(store), asyncio.get_running_loop().time()
+            store.put("away", "a", b"note")
+            store.put("away", "b", b"note")
+            await asyncio.sleep(3.0)
+            store.delete("away", "a")
+            await asyncio.sleep(3.0)
+            assert rounded(took, start) == [(REST, REST + 0.5), (3 + REST, 3.5 + REST)]
+            syncs.close()
+            store.delete("away", "b")
+            await asyncio.sleep(3.0)
+            assert len(took) == 2
 
     run(scenario())
