@@ -423,7 +423,7 @@ def test_a_thaw_asks_for_every_id_that_the_mn_may_expect() -> None:
             await source.freeze(exported, "nsg", away=True)
             await source.thaw(exported, 1)
             last = context.mid_initiator - 1
-            assert asked == [last, last + 1, last + 2]
+            assert asked == [last, last + 1, last + 2, last + 3]
 
     asyncio.run(scenario())
 

@@ -106,12 +106,12 @@ async def find_ids(work: Freezing) -> None:
     await host.catch_up(work.sa)
     known = host.context(work.sa)
     # an SA whose mobile node is called back: charon was not told since which ID that expects
-    silent = work.context.unsure and known.mid_initiator == work.context.mid_initiator
+    silent = work.context.unsure and known.mid_initiator <= work.context.mid_initiator
     unsure = bool(work.away and (view.tasks or silent))
     dropped = host.mute.dropped(work.sa)
     if in_the_way(view, work.away) or (dropped and not unsure):
         raise BusyError("charon began an exchange while it was being frozen")
-    mid = known.mid_initiator if silent else last_request(known)
+    mid = work.context.mid_initiator if silent else last_request(known)
     work.known = replace(known, mid_initiator=mid, unsure=True) if unsure else known
 
 

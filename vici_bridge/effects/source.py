@@ -68,6 +68,8 @@ from .thaw import CALLS_BACK, THAW
 
 log = logging.getLogger(__name__)
 
+_STEPS = (DIVERT, FREEZE, THAW, RELEASE, INVITE, UNHEARD)
+_INVITES = (INVITE.name, UNHEARD.name)
 _LOOK = 0.1
 """Seconds between two checks how much ESP the SA has sent."""
 AGAIN = 2.0
@@ -91,9 +93,7 @@ class CharonSource(ContextSource):
         self._mover = mover
         self._ender = ender
         self._teller = teller
-        self._runner: Runner[Any] = Runner(
-            host.leaving, host.spawn, host.listing.crowd, DIVERT, FREEZE, THAW, RELEASE, INVITE, UNHEARD
-        )
+        self._runner: Runner[Any] = Runner(host.leaving, host.spawn, host.listing.crowd, *_STEPS)
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
         self._reqids: dict[SaName, frozenset[int]] = {}
@@ -200,7 +200,9 @@ class CharonSource(ContextSource):
         if not (away or host.config.mobile_node):
             check_alone(view, await host.alike(sa))
         row = host.leaving.of(sa)
-        called = CALLS_BACK in row.later
+        # what was to follow an invitation may not have begun yet after a start
+        told = row.step in _INVITES and row.facts.request is not None
+        called = told or CALLS_BACK in row.later
         (self._silent.add if called else self._silent.discard)(sa)
         if called and not away:
             raise BusyError(
@@ -363,9 +365,11 @@ class CharonSource(ContextSource):
         written: charon is to speak again, if it has the SA still and does not yet. That is tried until it
         succeeds, or another step of the SA begins."""
         host, told = self._host, False
-        while host.leaving.of(sa).step in (INVITE.name, UNHEARD.name):
+        while True:
             try:
                 view = await host.view(sa)
+                if host.leaving.of(sa).step not in _INVITES:
+                    return
                 if view is None or speaks or sa not in host.record:
                     host.mute.unmute(sa)
                     host.leaving.drop(sa)
@@ -519,7 +523,7 @@ class CharonSource(ContextSource):
             except IkectxError as error:
                 log.error("SA %s: ESP that goes on is not ended by the agent's start: %s", row.sa, error)
         for row in self._host.leaving.all():
-            if row.step in (INVITE.name, UNHEARD.name):
+            if row.step in _INVITES:
                 self._host.spawn(self._end_invitation(row.sa, SPEAKS in (row.begun, *row.done)))
         self._host.away.restore()
         self._runner.resume(lambda sa, context: self._leaving(context))

@@ -107,6 +107,34 @@ def test_one_that_does_not_answer_an_invitation_is_called_back(
     run(scenario())
 
 
+def test_an_agent_that_starts_lets_an_invited_sa_go_under_the_right_id(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mobile node had answered, and charon was not told so: it came before what was to follow had."""
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            host, sa = there.here.host, there.context.spis
+            before = host.context(sa).mid_initiator
+            with monkeypatch.context() as patch:
+                killer = Assassin("charon knows the ID").waits_in(INVITE)
+                patch.setattr(source_module, "INVITE", killer)
+                patch.setattr(CharonSource, "_unheard", _killed)
+                source = CharonSource(host, there._mover, there._ender, Agent())
+                with pytest.raises(Killed):
+                    await source.invite(sa, "nsg")
+            there.begin()
+            away = await there.source.export(sa, away=True)
+            assert (away.mid_initiator, away.unsure) == (before + 1, True)
+            final = await there.source.freeze(away, "nsg", away=True)
+            assert (final.mid_initiator, final.unsure) == (before + 1, True)
+            there.source.resume()
+            await asyncio.sleep(0.1)
+            assert there.here.mute.muted == {sa}, "the freeze goes on"
+
+    run(scenario())
+
+
 def test_the_end_of_an_invitation_waits_for_a_store_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
