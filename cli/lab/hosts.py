@@ -44,8 +44,9 @@ LOGS = ("charon.log", "agent.out", "updown.log")
 TRACE = "trace.jsonl"
 """In a host's folder, what its agent notes where `Lab.traced` is."""
 
-OF_SAS = r"(?m)^\s+(?:dir|proto \w+ spi) .*"
-"""In what `ip xfrm` shows, SAs, and policies but those of sockets, which charon has for its own messages."""
+OF_SAS = r"(?m)^\s+(?:dir|proto \w+ spi(?! 0x0{8})) .*"
+"""In what `ip xfrm` shows, SAs, and policies but those of sockets, which charon has for its own messages.
+What has no SPI is a packet's wait for an SA, which the kernel ends by itself."""
 
 NOTED = "table inet ikectx_ids"
 """The rules by which the kernel notes message IDs for an agent: what it has noted may stay."""

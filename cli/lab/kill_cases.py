@@ -171,7 +171,7 @@ MODES: Mapping[str, MoveMode] = {
         _AT_ONCE,
         _WHOLE,
         asks=True,
-        mobile=_NODE,
+        mobile=("quiet", "readdress", "loud"),  # it has its old address still, so no packet goes ahead
         steps=("invite",),
         messages=_ASKED,
         without=_MOVED,
@@ -235,6 +235,9 @@ SELDOM: Mapping[str, str] = {
     "activate.way": "an SA to which no packets could be led before",
     "activate.script-up": "an SA to which no packets could be led before",
     "home.esp-goes-by-its-sas": "a mobile node that gets no answer",
+    "unheard.charon-speaks-again": "a mobile node that was to be invited, and was not",
+    "unheard.charon-only-answers": "a mobile node that does not answer an invitation",
+    "unheard.call-back": "a mobile node that does not answer an invitation",
 }
 """Effects that no mode here comes to, and what they are for."""
 

@@ -177,8 +177,13 @@ class Behind:
                 self._remove(other)
 
     def _put(self, block: Block) -> None:
+        """Also if the store is full: then it is written with the next note that can be."""
         assert self._kernel is not None
-        self._store.put(KIND, block.key, block.dumps())
+        try:
+            self._store.put(KIND, block.key, block.dumps())
+        except StoreError as error:
+            log.error("that packets for %s are blocked here is not stored yet: %s", block.mn, error)
+            self._store.put(KIND, block.key, block.dumps(), soon=True)
         self._enter(block)
         self._kernel.replace_policy(block.policy)
 

@@ -117,6 +117,8 @@ src 0.0.0.0/0 dst 0.0.0.0/0
 src 10.1.0.10 dst 10.2.1.2
 \tproto esp spi 0xc0ffee02 reqid 1 mode tunnel
 \treplay-window 0
+src 10.1.0.10 dst 10.2.1.2
+\tproto esp spi 0x00000000 reqid 1 mode tunnel
 """
     found = [line.split()[:3] for line in re.findall(lab_hosts.OF_SAS, shown)]
     assert found == [["dir", "out", "priority"], *[["proto", "esp", "spi"]] * 2]

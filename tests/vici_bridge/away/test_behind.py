@@ -7,8 +7,9 @@ from ipaddress import ip_network
 
 import pytest
 
-from ikectx.errors import KernelError
+from ikectx.errors import KernelError, StoreError
 from tests.vici_bridge.away.test_absences import IN, MN, OUT, Gateway
+from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.vici_bridge.vici.test_views import context
 from vici_bridge.away.behind import BEHIND, KIND, Behind
 from vici_bridge.away.pairs import pairs_of
@@ -104,6 +105,28 @@ def test_a_kernel_that_refuses_stops_nothing(
     gateway.away.behind.stand(HERE, {1})
     gateway.away.behind.restore()
     assert caplog.text.count("may leave in the clear when") == 2
+
+
+def test_it_stands_if_the_store_is_full_and_is_written_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, put = Gateway(), MemoryStore.put
+    here.protect(HERE)
+
+    def full(store: MemoryStore, kind: str, key: str, value: bytes, *, soon: bool = False) -> None:
+        if not soon:
+            raise StoreError("database or disk is full")
+        put(store, kind, key, value, soon=soon)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryStore, "put", full)
+        here.away.behind.stand(HERE, {1})
+    charon_ends(here)
+    assert here.packet() == "dropped"
+    assert "not stored yet" in caplog.text
+    here.store.put("note", "another", b"")
+    here.begin()
+    assert here.packet() == "dropped"
 
 
 def test_what_cannot_be_read_is_left_there(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
