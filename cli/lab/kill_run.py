@@ -138,6 +138,8 @@ class KillRunner(ScenarioRunner):
             fault.end()
             self._say("it is over")
             self._after(one.point.mode)
+            # a gateway that was asked for the SA asks the other one again as soon as it is there
+            self._within(OVER, lambda: all(process.poll() is not None for process in move))
             self._decided()
             self._find_owner()
         finally:
