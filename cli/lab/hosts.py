@@ -44,9 +44,10 @@ LOGS = ("charon.log", "agent.out", "updown.log")
 TRACE = "trace.jsonl"
 """In a host's folder, what its agent notes where `Lab.traced` is."""
 
-OF_SAS = r"(?m)^\s+(?:dir|proto \w+ spi(?! 0x0{8})) .*"
-"""In what `ip xfrm` shows, SAs, and policies but those of sockets, which charon has for its own messages.
-What has no SPI is a packet's wait for an SA, which the kernel ends by itself."""
+OF_SAS = r"(?m)^\s+(?:dir|proto \w+ spi) .*"
+"""In what `ip xfrm` shows, SAs, and policies but those of sockets, which charon has for its own messages."""
+WAITS = r"(?m)^src .*\n\s+proto \w+ spi 0x0{8} .*(?:\n\s.*)*"
+"""Among the states that `ip xfrm` shows, a packet's wait for an SA, which the kernel ends by itself."""
 
 NOTED = "table inet ikectx_ids"
 """The rules by which the kernel notes message IDs for an agent: what it has noted may stay."""
@@ -565,7 +566,10 @@ def of_sas(enter: Sequence[str]) -> str:
     states = run([*enter, "ip", "xfrm", "state", "list", "nokeys"], check=False).stdout
     rules = run([*enter, "nft", "list", "ruleset"], check=False).stdout
     tables = [table for table in re.split(r"(?m)^(?=table )", rules) if not table.startswith(NOTED)]
-    return "\n".join(re.findall(OF_SAS, policies + states) + re.findall(r"elements = .*", "".join(tables)))
+    return "\n".join(
+        re.findall(OF_SAS, policies + re.sub(WAITS, "", states))
+        + re.findall(r"elements = .*", "".join(tables))
+    )
 
 
 def save_logs(lab: Lab, folder: Path) -> None:

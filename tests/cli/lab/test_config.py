@@ -117,9 +117,20 @@ src 0.0.0.0/0 dst 0.0.0.0/0
 src 10.1.0.10 dst 10.2.1.2
 \tproto esp spi 0xc0ffee02 reqid 1 mode tunnel
 \treplay-window 0
-src 10.1.0.10 dst 10.2.1.2
-\tproto esp spi 0x00000000 reqid 1 mode tunnel
 """
     found = [line.split()[:3] for line in re.findall(lab_hosts.OF_SAS, shown)]
     assert found == [["dir", "out", "priority"], *[["proto", "esp", "spi"]] * 2]
     assert not re.findall(lab_hosts.OF_SAS, "".join(shown.splitlines(keepends=True)[4:6]))
+
+
+def test_a_packet_that_waits_for_an_sa_is_none() -> None:
+    shown = """src 10.2.2.2 dst 10.1.0.10
+\tproto esp spi 0x00000000 reqid 1229651968 mode tunnel
+\treplay-window 0
+\tdir out
+src 10.1.0.10 dst 10.2.1.2
+\tproto esp spi 0xc0ffee02 reqid 1 mode tunnel
+\tdir in
+"""
+    found = re.findall(lab_hosts.OF_SAS, re.sub(lab_hosts.WAITS, "", shown))
+    assert [line.split()[:3] for line in found] == [["proto", "esp", "spi"], ["dir", "in"]]
