@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import secrets
 import shutil
 import subprocess
@@ -18,7 +17,6 @@ from typing import Any
 
 from ikectx import trace
 from ikectx.errors import CharonError, IkectxError, KernelError, StateError, UsageError
-from vici_bridge.kernel import detour
 from vici_bridge.vici.client import CharonVici, ControlClient, json_of
 
 from . import announce as lab_announce
@@ -29,28 +27,18 @@ from . import inject as lab_inject
 from .boot import virtual_time
 from .config import Tunnel, write_all
 from .daemons import as_its_own_machine, charon_of
+from .leftovers import DETOUR, of_sas
 from .net import GATEWAYS, HOST_BITS, HOSTS, INNER, MOBILES, POOL, Net, load_modules, run
 from .state import read_state, states, write_state
 from .waiting import began
 
 DEFAULT_NAME = "default"
 ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
-DETOUR = f"table local proto {detour.PROTOCOL}"
-"""How `ip route` finds what an agent keeps of routes by way of another gateway."""
-
 LOGS = ("charon.log", "agent.out", "updown.log")
 """Appended to by daemons and by the lab's updown script, in a host's folder."""
 
 TRACE = "trace.jsonl"
 """In a host's folder, what its agent notes where `Lab.traced` is."""
-
-OF_SAS = r"(?m)^\s+(?:dir|proto \w+ spi) .*"
-"""In what `ip xfrm` shows, SAs, and policies but those of sockets, which charon has for its own messages."""
-WAITS = r"(?m)^src .*\n\s+proto \w+ spi 0x0{8} .*(?:\n\s.*)*"
-"""Among the states that `ip xfrm` shows, a packet's wait for an SA, which the kernel ends by itself."""
-
-NOTED = "table inet ikectx_ids"
-"""The rules by which the kernel notes message IDs for an agent: what it has noted may stay."""
 
 CLEARED = 20.0
 """Seconds in which nothing may be left of SAs that were deleted."""
@@ -262,7 +250,7 @@ class Lab:
                     agent.request("detours", {"end": name, "unblock": "yes"})
 
     def _of_sas(self, host: str) -> str:
-        """What a host's kernel has of SAs, without keys. Takes away what may stay a while."""
+        """See `leftovers.of_sas`."""
         return of_sas(self.net.enter(host))
 
     def empty_logs(self) -> None:
@@ -555,21 +543,6 @@ class Lab:
     def _check_host(self, host: str) -> None:
         if host not in HOSTS:
             raise UsageError(f"no host {host} in the lab", hint="hosts: " + " ".join(HOSTS))
-
-
-def of_sas(enter: Sequence[str]) -> str:
-    """See `Lab._of_sas`. `enter`: what runs a program at the host. Two programs ask the kernel, because after
-    SAs or policies `ip -batch` shows nothing of the other (iproute2 6.1)."""
-    flush = f"route flush {DETOUR}\n"
-    run([*enter, "ip", "-6", "-force", "-batch", "-"], text=flush, check=False)
-    policies = run([*enter, "ip", "-force", "-batch", "-"], text=f"{flush}xfrm policy\n", check=False).stdout
-    states = run([*enter, "ip", "xfrm", "state", "list", "nokeys"], check=False).stdout
-    rules = run([*enter, "nft", "list", "ruleset"], check=False).stdout
-    tables = [table for table in re.split(r"(?m)^(?=table )", rules) if not table.startswith(NOTED)]
-    return "\n".join(
-        re.findall(OF_SAS, policies + re.sub(WAITS, "", states))
-        + re.findall(r"elements = .*", "".join(tables))
-    )
 
 
 def save_logs(lab: Lab, folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from cryptography import x509
 
 from ikectx_cli import config, settings
-from ikectx_cli.lab import hosts as lab_hosts
+from ikectx_cli.lab import leftovers
 from ikectx_cli.lab.config import Tunnel, gateway_conf, mobile_conf, strongswan_conf, write_all
 from ikectx_cli.lab.net import CHARONS, GATEWAYS, MOBILES
 from ikectx_cli.mobile import config as mobile_config
@@ -118,9 +118,9 @@ src 10.1.0.10 dst 10.2.1.2
 \tproto esp spi 0xc0ffee02 reqid 1 mode tunnel
 \treplay-window 0
 """
-    found = [line.split()[:3] for line in re.findall(lab_hosts.OF_SAS, shown)]
+    found = [line.split()[:3] for line in re.findall(leftovers.OF_SAS, shown)]
     assert found == [["dir", "out", "priority"], *[["proto", "esp", "spi"]] * 2]
-    assert not re.findall(lab_hosts.OF_SAS, "".join(shown.splitlines(keepends=True)[4:6]))
+    assert not re.findall(leftovers.OF_SAS, "".join(shown.splitlines(keepends=True)[4:6]))
 
 
 def test_a_packet_that_waits_for_an_sa_is_none() -> None:
@@ -132,5 +132,5 @@ src 10.1.0.10 dst 10.2.1.2
 \tproto esp spi 0xc0ffee02 reqid 1 mode tunnel
 \tdir in
 """
-    found = re.findall(lab_hosts.OF_SAS, re.sub(lab_hosts.WAITS, "", shown))
+    found = re.findall(leftovers.OF_SAS, re.sub(leftovers.WAITS, "", shown))
     assert [line.split()[:3] for line in found] == [["proto", "esp", "spi"], ["dir", "in"]]

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from ikectx_cli.lab.hosts import of_sas
+from ikectx_cli.lab.leftovers import of_sas
 from ikectx_cli.lab.restoring import MADE
 from tests.netns import Namespace
 
