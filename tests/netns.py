@@ -56,9 +56,10 @@ class Namespace:
     def ip(self, *commands: str) -> None:
         """Commands of iproute2's `ip`, without that word, in one process."""
         with self.entered():
-            subprocess.run(
-                ["ip", "-batch", "-"], input="\n".join(commands), check=True, capture_output=True, text=True
+            done = subprocess.run(
+                ["ip", "-batch", "-"], input="\n".join(commands), check=False, capture_output=True, text=True
             )
+        assert not done.returncode, f"ip: {done.stderr.strip()}"
         added = [command.split() for command in commands if command.startswith("addr")]
         six = {words[2].split("/")[0]: words[words.index("dev") + 1] for words in added if ":" in words[2]}
         if six:

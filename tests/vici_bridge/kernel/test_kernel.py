@@ -492,9 +492,8 @@ def test_detour(inner: Namespace) -> None:
 
 def test_a_detour_leaves_this_hosts_own_packets_their_source(inner: Namespace) -> None:
     """With another one the SA would not protect them at the other gateway."""
+    inner.ip("address add 10.3.0.2/24 dev lo", "address add fd03::2/64 dev lo nodad")
     inner.ip(
-        "address add 10.3.0.2/24 dev lo",
-        "address add fd03::2/64 dev lo nodad",
         "route add 10.9.0.5/32 via 10.1.0.9 src 10.3.0.2 table 220",
         "rule add lookup 220 priority 220",
         "route add fd00:9::5/128 via fd00:1::9 src fd03::2",

@@ -253,8 +253,8 @@ def linked(form: KernelReplay, version: int = 4) -> Iterator[Link]:
                 f"address add {own}/{bits[0]} dev outer" + (" nodad" if version == 6 else ""),
                 "link set outer up",
                 f"address add {address}/{bits[1]} dev lo",
-                f"route add {other} dev outer src {address}",
             )
+            space.ip(f"route add {other} dev outer src {address}")  # only now is that address ours
             with space.entered():
                 kernels.append(stack.enter_context(Kernel()))
         selector = Selector.between(ip_network(inner[0]), ip_network(inner[1]))
