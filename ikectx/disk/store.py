@@ -311,8 +311,6 @@ class SqliteStore:
                 journal_rows.write(self._db, self._sealer, entry, self._sealed.get(ident))
             if lines:
                 self._audit.append(*lines)
-        if self.wrote is not None:
-            self.wrote()
         self._waiting.clear()
         self._soon.clear()
         for ident, entry in due.items():
@@ -320,6 +318,8 @@ class SqliteStore:
                 self._sealed.pop(ident, None)
             else:
                 self._sealed[ident] = entry.context, entry.final
+        if self.wrote is not None:
+            self.wrote()
 
     def _write_rows(self) -> None:
         for (table, kind, key), value in self._waiting.items():

@@ -16,18 +16,22 @@ ESP is not touched.
 
 from __future__ import annotations
 
+import asyncio
+
+from ikectx.errors import LinkError
+from ikectx.numbers import Status
 from vici_bridge.ha.ike_id import IkeId
 
 from .freeze import Freezing, find_ids, hear_nothing, say_nothing, wait
 from .leaving import Leaving
 from .runner import Facts, LedgerStep, StepEffect
 from .speaking import speak, tell_ids
-from .thaw import CALL_LIMIT, CALLS_BACK, call_back
+from .thaw import calls_back
 
 SPEAKS = "charon speaks"
 """The effect from whose beginning on charon uses message IDs of its own again."""
 INVITE_LIMIT = 15.0
-"""Seconds for the mobile node to answer."""
+"""Seconds for the mobile node to answer, less than an effect may take."""
 
 
 async def _begin(work: Freezing) -> Facts:
@@ -46,7 +50,13 @@ async def _note_id(work: Freezing) -> Facts:
 async def _invite(work: Freezing) -> Facts:
     request = work.facts.request
     assert request is not None and work.teller is not None
-    return {"request": await work.teller(work.context, request, work.told)}
+    try:
+        async with asyncio.timeout(INVITE_LIMIT):
+            following = await work.teller(work.context, request, work.told)
+    except TimeoutError:
+        silent = f"the MN did not answer within {INVITE_LIMIT:g} s"
+        raise LinkError(silent, status=Status.PEER_SILENT) from None
+    return {"request": following}
 
 
 async def _tell_id(work: Freezing) -> None:
@@ -55,11 +65,7 @@ async def _tell_id(work: Freezing) -> None:
     host.save()
 
 
-async def _speak(work: Freezing) -> None:
-    await speak(work.host, work.sa)
-
-
-async def _speak_again(work: Leaving) -> None:
+async def _speak(work: Leaving) -> None:
     await speak(work.host, work.sa)
 
 
@@ -83,7 +89,7 @@ INVITE: LedgerStep[Freezing] = LedgerStep(
         StepEffect("charon ends its exchange", wait),
         StepEffect("charon says nothing", say_nothing),
         StepEffect("message ID", _note_id),
-        StepEffect("invitation", _invite, limit=INVITE_LIMIT),
+        StepEffect("invitation", _invite),
         StepEffect("charon knows the ID", _tell_id),
         StepEffect(SPEAKS, _speak, once=True),
     ),
@@ -94,19 +100,9 @@ INVITE: LedgerStep[Freezing] = LedgerStep(
 UNHEARD: LedgerStep[Leaving] = LedgerStep(
     "unheard",
     (
-        StepEffect("charon speaks again", _speak_again, when=_not_asked),
+        StepEffect("charon speaks again", _speak, when=_not_asked),
         StepEffect("charon only answers", _only_answer, when=_asked),
-        StepEffect(
-            CALLS_BACK,
-            call_back,
-            when=_asked,
-            limit=CALL_LIMIT,
-            needed=False,
-            once=True,
-            later=True,
-            endless=True,
-            postponed=True,
-        ),
+        calls_back(_asked, postponed=True),
     ),
     ends=True,
     journaled=False,

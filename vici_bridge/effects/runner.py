@@ -284,7 +284,7 @@ class Runner(Generic[W]):
                     self._trying.pop(work.sa, None)
             else:
                 log.error("SA %s: %s is given up", work.sa, effect.name)
-        told = False
+        logged = False
         while self._waiting.get(work.sa) is turn:
             try:
                 if ends:
@@ -293,7 +293,7 @@ class Runner(Generic[W]):
                     self._ledger.put(replace(self._ledger.of(work.sa), later=(), context=()))
                 del self._waiting[work.sa]
             except StoreError as error:
-                if not told:
+                if not logged:
                     log.error("SA %s: that nothing is left to do is not noted yet: %s", work.sa, error)
-                told = True
+                logged = True
                 await asyncio.sleep(AGAIN[0])

@@ -25,7 +25,6 @@ from ikectx.errors import (
     IkectxError,
     LinkError,
     RefusedError,
-    StateError,
     UnknownSaError,
 )
 from ikectx.numbers import Status
@@ -201,8 +200,8 @@ class CharonSource(ContextSource):
             check_alone(view, await host.alike(sa))
         row = host.leaving.of(sa)
         # what was to follow an invitation may not have begun yet after a start
-        told = row.step in _INVITES and row.facts.request is not None
-        called = told or CALLS_BACK in row.later
+        invited = row.step in _INVITES and row.facts.request is not None
+        called = invited or CALLS_BACK in row.later
         (self._silent.add if called else self._silent.discard)(sa)
         if called and not away:
             raise BusyError(
@@ -341,7 +340,7 @@ class CharonSource(ContextSource):
         else:
             raise RefusedError("the MN does not speak MOBIKE", status=Status.NO_MOBIKE)
         look = partial(self._view, sa)
-        work = Freezing(host, context, self._mover, look, self._ender, to=to, teller=self._teller, told=told)
+        work = Freezing(host, context, self._mover, look, to=to, teller=self._teller, told=told)
         try:
             await self._runner.run(INVITE, work)
         except BaseException as error:
@@ -349,9 +348,9 @@ class CharonSource(ContextSource):
                 await self._unheard(context)
             except IkectxError:
                 host.spawn(self._end_invitation(sa, speaks=False))
-            if not isinstance(error, (LinkError, StateError)):
+            if not isinstance(error, LinkError):
                 raise
-            log.warning("%s did not answer when it was told to go elsewhere: %s", context.connection, error)
+            log.warning("%s: the MN did not answer what it was told: %s", context.connection, error)
             if not to:  # one that is invited may have been told, and come to the other gateway
                 silent = f"the MN at {context.remote} did not answer"
                 raise LinkError(silent, status=Status.PEER_SILENT) from None
@@ -364,7 +363,7 @@ class CharonSource(ContextSource):
         """An agent before this one was ended while it invited, or charon was, or the store could not be
         written: charon is to speak again, if it has the SA still and does not yet. That is tried until it
         succeeds, or another step of the SA begins."""
-        host, told = self._host, False
+        host, logged = self._host, False
         while True:
             try:
                 view = await host.view(sa)
@@ -377,9 +376,9 @@ class CharonSource(ContextSource):
                 await self._unheard(relocate(host.context(sa), local=view.local, remote=view.remote))
                 return
             except IkectxError as error:
-                if not told:
+                if not logged:
                     log.warning("SA %s: charon is silent since an invitation, because of this: %s", sa, error)
-                told = True
+                logged = True
                 await asyncio.sleep(AGAIN)
 
     async def freeze(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ikectx import trace
@@ -41,7 +41,6 @@ CALLS_BACK = "call back"
 """The effect that is left for later as long as nobody knows which message ID the mobile node expects."""
 CALL_BACK = 40.0
 """Seconds in which the mobile node is called back, under all message IDs that can be the next one."""
-CALL_LIMIT = CALL_BACK + 5.0
 
 
 async def _look(work: Leaving) -> Facts | None:
@@ -136,7 +135,7 @@ async def _script_anew(work: Leaving) -> None:
 
 
 @trace.spanned("call back")
-async def call_back(work: Leaving) -> None:
+async def _call_back(work: Leaving) -> None:
     """The mobile node may have received the other gateway's request, although its answer was lost: call it
     back.
 
@@ -246,6 +245,22 @@ def _ended(work: Leaving) -> bool:
     return work.facts.ended
 
 
+def calls_back(when: Callable[[Leaving], bool], *, postponed: bool = False) -> StepEffect[Leaving]:
+    """The effect by which the mobile node is called back until it answers. `when`, `postponed`: as in
+    `StepEffect`."""
+    return StepEffect(
+        CALLS_BACK,
+        _call_back,
+        when=when,
+        limit=CALL_BACK + 5.0,
+        needed=False,
+        once=True,
+        later=True,
+        endless=True,
+        postponed=postponed,
+    )
+
+
 THAW: LedgerStep[Leaving] = LedgerStep(
     "thaw",
     (
@@ -267,16 +282,7 @@ THAW: LedgerStep[Leaving] = LedgerStep(
         StepEffect(
             "script anew", _script_anew, when=_served, limit=SCRIPT_LIMIT, needed=False, once=True, later=True
         ),
-        StepEffect(
-            CALLS_BACK,
-            call_back,
-            when=_served,
-            limit=CALL_LIMIT,
-            needed=False,
-            once=True,
-            later=True,
-            endless=True,
-        ),
+        calls_back(_served),
         StepEffect("charon speaks", _speak, when=_knows_ids),
         StepEffect(
             "rekey",
