@@ -85,8 +85,10 @@ async def _put_back_policies(work: Leaving) -> None:
     packets would leave in the clear until the mobile node has an SA again; its policies take their place.
     Not after a loss of power, when nothing is left: nobody would expect them there, and remove them."""
     kernel, policies = work.host.kernel, [KernelPolicy.parse(raw) for raw in work.facts.policies or ()]
-    if kernel is None or (work.view is None and not _others_left(kernel, policies)):
+    if kernel is None:
         return
+    if work.view is None:
+        policies = _missing(kernel, policies)
     local, remote = work.context.local.address, work.context.remote.address
     for policy in policies:
         now = tuple(
@@ -96,11 +98,18 @@ async def _put_back_policies(work: Leaving) -> None:
         kernel.replace_policy(replace(policy, templates=now))
 
 
-def _others_left(kernel: Kernel, outbound: Sequence[KernelPolicy]) -> bool:
-    """Whether an inbound policy that belongs to one of these is in the kernel."""
-    reqids = {template.reqid for policy in outbound for template in policy.templates}
-    inbound = {policy.selector for policy in kernel.policies_about(reqids) if policy.direction == "in"}
-    return any(policy.selector.opposite in inbound for policy in outbound)
+def _missing(kernel: Kernel, outbound: Sequence[KernelPolicy]) -> list[KernelPolicy]:
+    """Those of which the kernel has the inbound ones, and nothing in their place: the mobile node may have an
+    SA again."""
+    there = kernel.dump_policies() if outbound else []
+    inbound = {policy.selector for policy in there if policy.direction == "in"}
+    taken = {_place(policy) for policy in there if policy.direction == "out"}
+    return [one for one in outbound if one.selector.opposite in inbound and _place(one) not in taken]
+
+
+def _place(policy: KernelPolicy) -> tuple[object, ...]:
+    """What no two policies of a direction have in common."""
+    return policy.selector, policy.mark, policy.if_id
 
 
 async def _end_detour(work: Leaving) -> None:

@@ -595,23 +595,34 @@ def test_b9_an_sa_that_charon_lost_is_told_as_lost() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("power", [False, True])
-def test_the_policies_of_an_sa_that_charon_lost_are_put_back_beside_what_it_left(power: bool) -> None:
+@pytest.mark.parametrize("left", ["inbound", "nothing", "another SA"])
+def test_the_policies_of_an_sa_that_charon_lost_are_put_back_beside_what_it_left(left: str) -> None:
     """charon that was killed leaves the others in the kernel, and packets left in the clear until the mobile
-    node had an SA again. After a loss of power there is nothing, and nobody would remove them."""
+    node had an SA again. After a loss of power there is nothing, and nobody would remove them. An SA that the
+    mobile node has set up meanwhile keeps its own."""
 
     async def scenario() -> None:
         async with gateway() as there:
-            before = {key for key, one in there.here.sad.policies.items() if one.templates}
+            sad = there.here.sad
+            before = {key: one for key, one in sad.policies.items() if one.templates}
             await there.source.freeze(there.context, "nsg")
             there.here.charon.sas.clear()
-            if power:
-                there.here.sad.sas.clear()
-                there.here.sad.policies.clear()
+            if left == "nothing":
+                sad.sas.clear()
+                sad.policies.clear()
+            anew = {
+                key: replace(one, templates=tuple(replace(each, reqid=77) for each in one.templates))
+                for key, one in before.items()
+            }
+            if left == "another SA":
+                sad.policies.update(anew)
             with pytest.raises(UnknownSaError):
                 await there.source.thaw(there.context, JUMP)
-            ours = {key for key, one in there.here.sad.policies.items() if one.templates}
-            assert ours == (set() if power else before)
+            ours = {key: one for key, one in sad.policies.items() if one.templates}
+            wanted = {"inbound": before, "nothing": {}, "another SA": anew}[left]
+            assert {key: one.templates[0].reqid for key, one in ours.items()} == {
+                key: one.templates[0].reqid for key, one in wanted.items()
+            }
 
     run(scenario())
 
