@@ -109,7 +109,8 @@ class Link:
         self._writing = False
         self._writer: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._made = self._touched = self._loop.time()
+        self.made = self.heard = self._touched = self._loop.time()
+        """When, by the event loop's clock, it was made, and something was received on it last."""
         self._rate = Bucket(RATE, self._loop.time())
         self._slowed = False
         self._unhandled = 0
@@ -126,7 +127,7 @@ class Link:
     @property
     def age(self) -> float:
         """Seconds since it was made."""
-        return self._loop.time() - self._made
+        return self._loop.time() - self.made
 
     @property
     def label(self) -> str:
@@ -178,7 +179,7 @@ class Link:
         decoder = StreamDecoder()
         try:
             while data := await self._stream.read():
-                self._touched = self._loop.time()
+                self.heard = self._touched = self._loop.time()
                 for message in decoder.feed(data):
                     trace.message("received", type(message).__name__, self.peer.name)
                     await self._pace()
@@ -327,13 +328,16 @@ class Links:
             return link
 
     def find(self, name: str) -> Link | None:
-        """An open link to that peer."""
-        link = self._dialled.get(name)
-        if link is not None and link.error is None:
-            return link
+        """An open link to that peer: of those that it dialled the last."""
         # the other side may be about to close a link that was quiet for long
         lively = self._timing.idle / 2
-        return next((each for each in self._accepted[name] if not each.error and each.quiet < lively), None)
+        theirs = [each for each in self._accepted[name] if not each.error and each.quiet < lively]
+        newest = max(theirs, key=lambda each: each.made, default=None)
+        link = self._dialled.get(name)
+        if link is None or link.error is not None:
+            return newest
+        # a peer that lost its power knows nothing of an older link, and TCP here does not notice for a while
+        return newest if newest is not None and newest.made > link.heard else link
 
     async def serve(self, stream: Stream, peer: PeerConfig) -> None:
         """Use a connection that the peer has dialled, until it ends.

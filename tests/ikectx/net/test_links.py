@@ -383,6 +383,38 @@ def test_a_link_serves_whoever_did_not_dial_it_while_it_is_lively() -> None:
     hand_loop.run(scenario())
 
 
+def test_a_peer_that_has_connected_since_it_was_last_heard_is_reached_by_that_link() -> None:
+    """After a loss of its power it knows nothing of the older one: a move that began on that was refused."""
+
+    async def scenario() -> None:
+        ends: list[Stream] = []
+
+        async def dial(peer: PeerConfig) -> Stream:
+            near, far = pair()
+            ends.append(far)
+            return near
+
+        links, far = Links(dial, TIMING, nothing), PeerConfig("far", "far")
+        own = await links.get(far)
+        await asyncio.sleep(0.01)
+        serving, found = [], []
+        for _ in range(2):
+            near, end = pair()
+            ends.append(end)
+            serving.append(asyncio.create_task(links.serve(near, far)))
+            await asyncio.sleep(0.01)
+            found.append(links.find("far"))
+        assert own not in found
+        assert found[0] is not found[1]
+        await ends[0].write(Ctdr(MN).serialize())  # it is heard on the first one, too, so that lives
+        await asyncio.sleep(0.01)
+        assert links.find("far") is own
+        await links.close()
+        await asyncio.gather(*serving)
+
+    hand_loop.run(scenario())
+
+
 def test_a_peer_has_two_links_and_a_third_takes_the_place_of_the_quietest() -> None:
     async def scenario() -> None:
         links = Links(never, TIMING, nothing)
