@@ -329,7 +329,7 @@ STATUS_TEXT: dict[Status, str] = {
     Status.NO_ADDRESS: "the other gateway has no address of the MN's family",
     Status.CHARON: "charon there refused or is not running",
     Status.KERNEL: "the kernel there refused",
-    Status.UNREACHABLE: "could not be reached",
+    Status.UNREACHABLE: "one gateway could not reach the other",
     Status.PEER_SILENT: "the MN did not answer the other gateway",
     Status.PEER_REFUSED: "the MN refused the other gateway",
     Status.UNKNOWN_SA: "no such SA",
