@@ -37,8 +37,8 @@ PACKET_OUTGOING = 4
 _PKTTYPE = 0xFFFFF000 + 4
 """Where BPF loads the direction from (SKF_AD_OFF + SKF_AD_PKTTYPE of linux/filter.h)."""
 
-PREFIXES = {
-    "tunnel": ((0x0A04,), (0xFD04,)),
+PREFIXES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "tunnel": ((0x0A04, 0x0A30), (0xFD04,)),
     "transport": ((0x0A01, 0x0A05), (0xFD01, 0xFD05)),
 }
 """The first 16 bits of the mobile nodes' addresses by mode: of IPv4, of IPv6. Those of transport mode are the

@@ -11,13 +11,17 @@ from pathlib import Path
 from ikectx.errors import IkectxError
 
 from . import store_cut
-from .kill_cases import FAULTS, Case
-from .kill_lab import KillLab
+from .kill_cases import ANY, FAULTS, Case
+from .kill_lab import KillLab, Stop
 from .net import GATEWAYS, LINKS, MOBILES
 
 _LINKS = {**LINKS, "all": tuple(link for host in GATEWAYS for link in LINKS[host])}
 FILLED = "fill"
 """The file that takes the rest of a disk."""
+AGAIN = 2
+"""How often an agent is killed while it recovers."""
+RECOVERY, RECOVERED = 24, 15.0
+"""Points of a recovery, before one of which an agent is killed; and seconds in which it must come there."""
 
 
 class FaultyLab:
@@ -33,7 +37,7 @@ class FaultyLab:
     @property
     def down(self) -> set[tuple[str, str]]:
         """Daemons that a fault of this kind ends, by host and name."""
-        names = {"agent": ("agent",), "charon": ("charon",), "power": ("agent", "charon")}
+        names = {"agent": ("agent",), "loop": ("agent",), "charon": ("charon",), "power": ("agent", "charon")}
         return {(host, name) for host in self._fault.hosts for name in names.get(self._fault.kind, ())}
 
     def strike(self) -> None:
@@ -63,12 +67,29 @@ class FaultyLab:
     def _strike_agent(self) -> None:
         self._kill()
 
-    _strike_charon = _strike_agent
+    _strike_charon = _strike_loop = _strike_agent
 
     def _end_agent(self) -> None:
         self._start()
 
     _end_charon = _end_agent
+
+    def _end_loop(self) -> None:
+        """The agent is killed at some point of its recovery, twice, if it comes to so many points."""
+        (host,) = self._fault.hosts
+        draw = random.Random(self._case.name)  # noqa: S311  no secret
+        for _ in range(AGAIN):
+            stop = Stop(self._lab, host, ANY, draw.randrange(RECOVERY))
+            stop.arm()
+            try:
+                self._lab.start_agent(host, wait=False)
+                if not stop.wait(RECOVERED):
+                    self._lab.wait_agent(host)
+                    return
+                self._lab.stop(host, "agent", kill=True)
+            finally:
+                stop.go_on()
+        self._lab.start_agent(host)
 
     def _strike_power(self) -> None:
         (host,) = self._fault.hosts

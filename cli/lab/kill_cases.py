@@ -32,6 +32,8 @@ from vici_bridge import effects
 from vici_bridge.effects.runner import LedgerStep
 
 BEFORE, AFTER = "before", "after"
+ANY = "any"
+"""In the place of a point's name: whichever comes."""
 
 
 def _slug(text: str) -> str:
@@ -125,6 +127,9 @@ MODES: Mapping[str, MoveMode] = {
     "push": MoveMode("psg gives the SA away", _PUSHED, (*_PREPARED, _TI.CTD, *_TAKEN), messages=_TOLD),
     "pull": MoveMode(
         "nsg asks for the SA", _PUSHED, (*_PREPARED, _TI.CTD, *_TAKEN), asks=True, messages=_TOLD
+    ),
+    "drain": MoveMode(
+        "psg gives away its SAs, nine of them", _PUSHED, (*_PREPARED, _TI.CTD, *_TAKEN), messages=_TOLD
     ),
     "relay": MoveMode(
         "psg passes its packets on",
@@ -296,6 +301,9 @@ FAULTS: Mapping[str, Fault] = {
     "agent-nsg": Fault("kill -9 of nsg's agent", "agent", ("nsg",)),
     "agent-mn": Fault("kill -9 of the MN's agent", "agent", ("mn",)),
     "agents": Fault("kill -9 of both gateways' agents", "agent", ("psg", "nsg")),
+    "loop-psg": Fault("kill -9 of psg's agent, and again while it recovers", "loop", ("psg",)),
+    "loop-nsg": Fault("kill -9 of nsg's agent, and again while it recovers", "loop", ("nsg",)),
+    "loop-mn": Fault("kill -9 of the MN's agent, and again while it recovers", "loop", ("mn",)),
     "charon-psg": Fault("kill -9 of psg's charon", "charon", ("psg",)),
     "charon-nsg": Fault("kill -9 of nsg's charon", "charon", ("nsg",)),
     "charon-mn": Fault("kill -9 of the MN's charon", "charon", ("mn",)),
@@ -345,12 +353,19 @@ class Case:
     def reverse(self) -> bool:
         return bool(self._draw & 64)
 
+    @property
+    def passes(self) -> int:
+        """How many SAs come to the point first, without the fault."""
+        return (self._draw >> 8) % 6 if self.point.mode == "drain" else 0
+
 
 def _fits(point: Point, name: str) -> bool:
     """Whether that fault at that point tries something that no other case tries."""
     fault, own = FAULTS[name], point.host
+    if point.mode == "drain" and "mn" in fault.hosts:
+        return False  # it would be the same as in a push
     hosts = MODES[point.mode].hosts
-    if fault.kind == "agent":
+    if fault.kind in ("agent", "loop"):
         # what is done and not noted makes a difference only to the agent that did it
         return set(fault.hosts) <= set(hosts) and (fault.hosts == (own,) or not point.after)
     if fault.kind == "power":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .config import PROGRAM, STOPS, Tunnel
 from .hosts import Lab
+from .kill_cases import ANY
 from .net import HOSTS, run
 
 DISK = "16m"
@@ -87,11 +88,11 @@ class KillLab(Lab):
 
 
 class Stop:
-    """One agent is to stop at a point. `reached`: whether it did."""
+    """One agent is to stop at a point, after it passed there so many times. `reached`: whether it did."""
 
-    def __init__(self, lab: KillLab, host: str, point: str) -> None:
+    def __init__(self, lab: KillLab, host: str, point: str, passes: int = 0) -> None:
         self._folder = lab.work / host / "stops"
-        self._point = point
+        self._point, self._passes = point, passes
         self._told = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self.reached = False
@@ -100,11 +101,12 @@ class Stop:
         """From now on it stops there."""
         self._thread.start()
         want = self._folder / "want.new"
-        want.write_text(self._point)
+        want.write_text(f"{self._point} {self._passes}")
         want.rename(self._folder / "want")
 
     def _listen(self) -> None:
-        self.reached = (self._folder / "stopped").read_text() == self._point
+        said = (self._folder / "stopped").read_text()
+        self.reached = bool(said) and self._point in (said, ANY)
         self._told.set()
 
     def wait(self, seconds: float) -> bool:

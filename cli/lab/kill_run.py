@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from ikectx.errors import IkectxError
 from vici_bridge.vici.client import ControlClient, json_of
 
 from . import twice
@@ -17,6 +20,7 @@ from .config import Tunnel
 from .faults import FaultyLab
 from .hosts import Lab
 from .kill_cases import FAULTS, case
+from .kill_fleet import TASKS, KilledFleet
 from .kill_lab import KillLab, Stop
 from .leftovers import left
 from .net import GATEWAYS, INNER, LINKS, OUTER
@@ -44,7 +48,6 @@ QUIET = 200.0
 """Seconds until charons have ended, or given up, the exchanges that were under way."""
 LATER = 450.0
 """Seconds in which what was left for later has been done, or given up."""
-TASKS = ("tasks-active", "tasks-queued", "tasks-passive")
 
 PROOF = (
     ("ping",),
@@ -84,11 +87,12 @@ def scenario(name: str) -> Scenario:
     one = case(name)
     mode, fault = one.point.mode, FAULTS[one.fault]
     asks = mode in ("predictive", "leaving", "reactive", "invited")
+    more = [("fleet",)] if mode == "drain" else []
     return Scenario(
         name,
         f"{mode}: {fault.what} at {one.point.name} of {one.point.host}",
-        (*FIRST.get(mode, ()), ("connect",), ("ping",), ("wait", "1"), ("kill", name), *PROOF),
-        tunnel=Tunnel(mobile=asks, by_packet=mode == "packet"),
+        (*FIRST.get(mode, ()), ("connect",), ("ping",), *more, ("wait", "1"), ("kill", name), *PROOF),
+        tunnel=Tunnel(mobile=asks, by_packet=mode == "packet", second=mode == "drain"),
     )
 
 
@@ -102,12 +106,16 @@ class KillRunner(ScenarioRunner):
         self._anew = False
         """Whether the SA was lost with a charon, and the mobile node has connected anew."""
         self._fault = FAULTS["agents"]
+        self._fleet: KilledFleet | None = None
 
     def _abandon(self) -> None:
         if self.report.error:
             for host in ("mn", *GATEWAYS):
                 done = self._lab.command(host, ["sh", "-c", SHOWN])
                 (self._lab.work / host / "state.log").write_text(done.stdout + done.stderr)
+        if self._fleet is not None:
+            with contextlib.suppress(IkectxError, OSError):
+                self._fleet.end()
         super()._abandon()
 
     # -- the fault --------------------------------------------------------------------------
@@ -119,7 +127,7 @@ class KillRunner(ScenarioRunner):
             for file in ("points.log", "move.out"):  # of an earlier case
                 (self._lab.work / host / file).unlink(missing_ok=True)
         fault = FaultyLab(self._kills, one)
-        stop = Stop(self._kills, one.point.host, one.point.name)
+        stop = Stop(self._kills, one.point.host, one.point.name, one.passes)
         inner = INNER["mn"][4]
         stream = self._beside("srv", f"exec ping -n -q -i 0.2 {inner}")
         self._watch_numbers()
@@ -141,6 +149,8 @@ class KillRunner(ScenarioRunner):
             # a gateway that was asked for the SA asks the other one again as soon as it is there
             self._within(OVER, lambda: all(process.poll() is not None for process in move))
             self._decided()
+            if self._fleet is not None:
+                self._check_fleet(self._fleet)
             self._find_owner()
         finally:
             stop.go_on()
@@ -152,12 +162,24 @@ class KillRunner(ScenarioRunner):
                 process.terminate()
                 process.communicate()
 
+    def _do_fleet(self) -> None:
+        """Others connect, whose SAs move at the same time."""
+        self._fleet = KilledFleet(self._lab)
+        self._fleet.connect(self._beside)
+
+    def _check_fleet(self, fleet: KilledFleet) -> None:
+        lost = fleet.check(partial(self._within, QUIET), may_be_lost=self._fault.kind in ("charon", "power"))
+        if lost:
+            self._say(f"{lost} others were lost with a charon")
+        fleet.end()
+        self._fleet = None
+
     def _watch_numbers(self) -> None:
         """From now to `left`: is a sequence number or a message ID used twice?"""
         output = self._lab.work / "core" / "twice.json"
         for path in (output, output.with_suffix(".json.ready")):
             path.unlink(missing_ok=True)
-        words = [sys.executable, "-I", "-S", twice.__file__, str(output), *LINKS["mn"]]
+        words = [sys.executable, "-I", "-S", twice.__file__, str(output), *LINKS["mn"], *LINKS["mn2"]]
         self._lab.spawn("core", "twice", words)
         self._until(output.with_suffix(".json.ready").exists, "core: nobody looks for numbers used twice")
 
@@ -201,6 +223,7 @@ class KillRunner(ScenarioRunner):
         """Begins the move, whatever becomes of it."""
         commands: Mapping[str, tuple[str, str]] = {
             "push": ("psg", "ikectx transfer --to nsg --json"),
+            "drain": ("psg", "ikectx transfer --to nsg --all --json"),
             "silent": ("psg", "ikectx transfer --to nsg --address move --json"),
             "relay": ("psg", "ikectx transfer --to nsg --address relay --json"),
             "invited": ("psg", "ikectx transfer --to nsg --json"),

@@ -5,7 +5,8 @@ message. `bin/ikectx` of a lab that kills runs its agents as this module, so tha
 
 is `ikectx ARGUMENT...`. In the folder that $IKECTX_LAB_STOPS names there are
 
-    want      the point at which the agent is to stop, once; it takes the file away
+    want      the point at which the agent is to stop, once, and how often it passes there first; it takes
+              the file away
     stopped   a FIFO, to which it writes that point then
     go        a FIFO; the agent goes on when somebody has opened and closed it
     synced    the end of what is on the disk for certain in the store's log: salt and offset (`store_cut`)
@@ -21,6 +22,7 @@ import functools
 import os
 import runpy
 import select
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -35,11 +37,14 @@ from mobike_ext.packet_io import RawLink
 from vici_bridge.effects.runner import Runner
 
 from .config import PRODUCT, STOPS
-from .kill_cases import AFTER, BEFORE, effect_point, journal_point, message_point
+from .kill_cases import AFTER, ANY, BEFORE, effect_point, journal_point, message_point
 from .store_cut import valid_end
 
 At = Callable[[str], None]
 """Reaches the point of that name."""
+
+_passed: Counter[str] = Counter()
+"""How often a point that is wanted has been passed."""
 
 
 def reach(folder: Path, point: str) -> None:
@@ -48,11 +53,16 @@ def reach(folder: Path, point: str) -> None:
         file.write(point + "\n")
     want = folder / "want"
     try:
-        if want.read_text() != point:
+        wanted, passes = want.read_text().split()
+        if wanted not in (point, ANY):
+            return
+        _passed[wanted] += 1
+        if _passed[wanted] <= int(passes):
             return
         want.unlink()
     except FileNotFoundError:
         return
+    _passed.clear()
     # opened first, because the lab may let it go on as soon as it has read where it stopped
     go = os.open(folder / "go", os.O_RDONLY | os.O_NONBLOCK)
     try:

@@ -77,8 +77,18 @@ def test_a_name_that_is_none(name: str) -> None:
 
 def test_those_that_run_each_time_are_cases_of_each_mode() -> None:
     names = KILLS.read_text().split()
-    assert len(set(names)) == 53
+    assert len(set(names)) == 58
     assert {case(name).point.mode for name in names} == {*MODES}
+
+
+def test_what_befalls_the_mobile_node_is_not_tried_once_more_in_a_drain() -> None:
+    hosts = [FAULTS[one.fault].hosts for one in cases("drain")]
+    assert hosts and not any("mn" in one for one in hosts)
+
+
+def test_in_a_drain_some_sas_pass_the_point_first() -> None:
+    assert {one.passes for one in cases("drain")} == {*range(6)}
+    assert {one.passes for one in cases("push")} == {0}
 
 
 def test_every_fault_is_tried_in_some_mode() -> None:

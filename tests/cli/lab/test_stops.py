@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from ikectx_cli.lab import stops
+from ikectx_cli.lab.kill_cases import ANY
 from ikectx_cli.lab.kill_lab import Stop
 
 
@@ -24,8 +25,9 @@ def folder(tmp_path: Path) -> Path:
     return found
 
 
-def a_stop(folder: Path) -> Stop:
-    return Stop(cast(Any, SimpleNamespace(work=folder.parent.parent)), "psg", "take.way.before")
+def a_stop(folder: Path, point: str = "take.way.before", passes: int = 0) -> Stop:
+    stops._passed.clear()  # an agent begins with none
+    return Stop(cast(Any, SimpleNamespace(work=folder.parent.parent)), "psg", point, passes)
 
 
 def agent(folder: Path, *points: str) -> threading.Thread:
@@ -96,6 +98,24 @@ def test_an_agent_that_comes_to_its_point_when_it_is_let_go_goes_on(
     there.join(5)
     assert not there.is_alive()
     assert stop.reached
+
+
+@pytest.mark.parametrize(
+    ("point", "passed"),
+    [
+        ("take.way.before", ["take.look.before", "take.way.before", "take.look.before", "take.way.before"]),
+        (ANY, ["take.look.before", "take.way.before"]),
+    ],
+)
+def test_it_goes_on_as_often_as_it_is_to_pass_first(folder: Path, point: str, passed: list[str]) -> None:
+    stop = a_stop(folder, point, 1)
+    stop.arm()
+    there = agent(folder, *["take.look.before", "take.way.before"] * 3)
+    assert stop.wait(5)
+    assert (folder.parent / "points.log").read_text().split() == passed
+    stop.go_on()
+    there.join(5)
+    assert not there.is_alive()
 
 
 def test_nobody_stops_where_nobody_came(folder: Path) -> None:
