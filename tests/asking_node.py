@@ -78,6 +78,9 @@ class Mobile:
     async def ahead(self, context: IkeContext, local: Endpoint, remote: Endpoint) -> None:
         self.went.append((local, remote))
 
+    def is_quiet(self, sa: SaName) -> bool:
+        return False
+
     async def home(self, sa: SaName) -> None:
         self.did.append("home")
 

@@ -91,6 +91,15 @@ class Deadlines:
         """charon no longer has the SA."""
         self._seen.discard(sa)
 
+    def renamed(self, old: SaName, new: SaName) -> None:
+        """The IKE_SA was rekeyed: its CHILD_SAs go on under the new name, with what is left of their time."""
+        for entry in [one for one in self._entries.values() if one.spis == old.key and one.child]:
+            moved = replace(entry, spis=new.key)
+            del self._entries[entry.key]
+            self._entries[moved.key] = moved
+            self._store.put(_KIND, moved.key, json.dumps(asdict(moved)).encode(), soon=True)
+            self._store.delete(_KIND, entry.key, soon=True)
+
     def due(self, wall: float) -> list[Deadline]:
         """Those that are due. Each stays due until `asked` or `later` is called for it, or `settle` drops
         it."""

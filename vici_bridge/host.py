@@ -273,6 +273,7 @@ class CharonHost:
                 self.listing.outdate(concerned)
         if isinstance(change, Rekeyed):
             self.rekeyed.append(change.old)
+            self.deadlines.renamed(change.old, change.new)
         self.follow.heed(change)
         if self.on_change is not None:
             self.on_change(change)

@@ -92,15 +92,17 @@ class Traps:
     async def _look(self) -> None:
         away = {sa.key for sa in self._elsewhere()}
         there = set(await self._charon.traps())
-        for trap, sas in list(self._out.items()):
-            left = sas & away
-            if left != sas:
-                self._keep(trap, left)
-            if left and trap in there:
-                await self._charon.trap(*trap, install=False)
-            elif not left and trap not in there:
+        for trap in list(self._out):
+            if self._out[trap] & away:
+                if trap in there:
+                    await self._charon.trap(*trap, install=False)
+            elif trap not in there:
                 await self._charon.trap(*trap, install=True)
                 log.info("%s/%s: its trap is back", *trap)
+            # an SA may have begun to leave meanwhile: its trap is out, or taken out with the next look
+            away = {sa.key for sa in self._elsewhere()}
+            if (left := self._out[trap] & away) != self._out[trap]:
+                self._keep(trap, left)
 
     def _keep(self, trap: Trap, sas: set[str]) -> None:
         key = json.dumps(trap)

@@ -33,6 +33,7 @@ from vici_bridge.policy.new_names import Plan, own_spi
 from vici_bridge.vici.views import SaView
 
 from .coming import SCRIPT_LIMIT, Coming, now
+from .heirs import heir_of
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
 from .speaking import tell_ids
@@ -193,7 +194,7 @@ async def _script_after_answer(work: Coming) -> Facts:
     """Errors: NotStarted, CharonError."""
     tried = work.gone is not None
     work.gone = work.gone or work.shape  # the script is told these names, also if it is tried again later
-    if tried and await work.host.view(work.gone.spis) is None:
+    if tried and await heir_of(work.host, work.gone) is None:
         return {}  # it has left or ended meanwhile
     return await lead(work)
 

@@ -48,6 +48,7 @@ AHEAD: LedgerStep[Moving] = LedgerStep(
         StepEffect("ESP goes by the new place", _go, limit=_LIMIT),
     ),
     journaled=False,
+    anew=True,
 )
 HOME: LedgerStep[Moving] = LedgerStep(
     "home",

@@ -188,7 +188,8 @@ class CharonMobile:
         may be in flight: `count` makes charon begin it anew, or the IKE_SA gets other SPIs. `patience`:
         seconds to wait for an exchange to end. Errors: UnknownSaError; RefusedError for an SA of a kind that
         cannot be moved; BusyError while an exchange is in flight or the SA is not up; CharonError with
-        NOT_COVERED if it could not be given other addresses. The SA is active after any of these.
+        NOT_COVERED if it could not be given other addresses. The SA is active after any of these, unless it
+        `is_quiet`, because charon could not be asked: then `loud_later` must be called.
         EndedUnheardError if the SA was there before, and not when it should be passive.
         """
         host = self._host
@@ -477,6 +478,10 @@ class CharonMobile:
             failed = error
             self.steps.drop_guards(move)
         return await self.steps.present_name(sa, move), failed
+
+    def is_quiet(self, sa: SaName) -> bool:
+        """Whether charon was told to keep the SA passive, and not yet to serve it again."""
+        return self._host.own.of(sa).facts.quiet
 
     def loud_later(self, sa: SaName, lock: asyncio.Lock) -> None:
         """After `loud` failed: try it again, under `lock`, until the SA is active, at the addresses that were

@@ -13,7 +13,6 @@ from ipaddress import ip_address
 from typing import Any
 
 from ikectx.errors import UsageError, reading
-from ikectx.numbers import Status
 from ikectx.sa.context import ChildContext, Endpoint, IkeContext, ReplayState
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
@@ -24,6 +23,8 @@ from vici_bridge.vici.views import ChildView, SaView
 LIVING = ("INSTALLED", "REKEYING")
 """States of charon's children that carry packets and are not being deleted."""
 _MARK_BITS = 0xFFFFFFFF
+GUARD = int.from_bytes(b"IKEG")
+"""The `user` of the selector of a guard of a policy that looks at all of these bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,24 +240,21 @@ def leads(sa: KernelSa | None, source: Endpoint, destination: Endpoint) -> bool:
     )
 
 
-def guards_of(policy: KernelPolicy, *, block: bool) -> tuple[KernelPolicy, KernelPolicy]:
+def guards_of(policy: KernelPolicy, *, block: bool) -> tuple[KernelPolicy, ...]:
     """Two policies that together match the packets of `policy`, and precede it.
 
     The kernel identifies a policy by selector, direction and mark, and charon by selector and direction. With
     one more bit in the mark's mask, once clear and once set, these are different policies for both. `block`:
-    they drop. Errors: UsageError if `policy` has every bit of the mark in its mask already.
+    they drop. One that has every bit in its mask already, as `mark_out = 42` gives it, has one guard: by the
+    `user` of its selector it is another policy, too (see `beside`).
     """
     mark = policy.mark or Mark(0, 0)
     free = ~mark.mask & _MARK_BITS
-    if not free:
-        raise UsageError(
-            f"{policy} looks at all 32 bits of a packet's mark, so it cannot be guarded while its SA moves",
-            hint="give the connection a mark with a mask of fewer bits",
-            status=Status.NOT_COVERED,
-        )
-    bit = 1 << (free.bit_length() - 1)
     base = policy.blocking() if block else policy
     base = replace(base, priority=max(policy.priority - 1, 0), index=0)
+    if not free:
+        return (replace(base, selector=replace(base.selector, user=GUARD)),)
+    bit = 1 << (free.bit_length() - 1)
     return (
         replace(base, mark=Mark(mark.value & ~bit, mark.mask | bit)),
         replace(base, mark=Mark(mark.value | bit, mark.mask | bit)),

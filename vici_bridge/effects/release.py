@@ -18,6 +18,7 @@ import logging
 from ikectx.errors import CharonError, WireError
 
 from .freeze import goes_on_still, stop_at_last
+from .heirs import heir_of
 from .leaving import SCRIPT_LIMIT, Leaving
 from .runner import Facts, LedgerStep, StepEffect
 
@@ -69,6 +70,10 @@ async def _tell(work: Leaving) -> None:
 
 
 async def _script(work: Leaving) -> None:
+    late = work.host.leaving.of(work.sa).step == ""
+    if late and await heir_of(work.host, work.context) is not None:
+        log.info("%s: its mobile node is here again, so its script is not told that it left", work.sa)
+        return
     await work.script(up=False)
 
 

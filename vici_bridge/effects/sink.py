@@ -71,6 +71,8 @@ log = logging.getLogger(__name__)
 _IMPORTED_FOR = 600.0
 """Seconds in which an agent that was killed at that moment comes back, and activates again; and in which a
 mobile node asks again for its SA's new SPIs."""
+_AGAIN = 5.0
+"""Seconds until charon is asked again."""
 _SWEEP = 60
 """Seconds between two searches for notes that are older than that."""
 
@@ -318,6 +320,8 @@ class CharonSink(ContextSink):
         except (CharonError, KernelError, RefusedError, WireError) as error:
             self._early.end(context.spis)
             log.warning("%s is installed when its MN arrives, not before: %s", context.connection, error)
+            if self._installed(context.spis):
+                await self.undo(context)
             with contextlib.suppress(KernelError):
                 self._early.speak(hushed)
             return False
@@ -328,6 +332,22 @@ class CharonSink(ContextSink):
         self.tell_later(context, False)
         self._early.end(context.spis)
         self._memory.erase(context.spis)
+        self._memory.relayed.pop(context.spis, None)
+        if self._installed(context.spis):
+            self._host.spawn(self._undo_at_last(context))
+
+    def _installed(self, sa: SaName) -> bool:
+        return self._host.coming.of(sa).facts.stage in ("installing", "active")
+
+    async def _undo_at_last(self, context: IkeContext) -> None:
+        """An SA that was got ready is still here, because charon could not be asked: the other gateway serves
+        it, under the same keys."""
+        while self._installed(context.spis):
+            try:
+                await self.undo(context)
+            except IkectxError as error:
+                log.error("%s is still here, and another gateway serves it: %s", context.connection, error)
+                await asyncio.sleep(_AGAIN)
 
     def _lead(self, context: IkeContext) -> None:
         """Send what comes for the mobile node to where it is now, before charon is asked for anything."""
@@ -500,13 +520,13 @@ class CharonSink(ContextSink):
                 "%s: the MN has new SPIs of ours already; it may have to connect anew", work.here.remote_id
             )
         self._memory.forget(context.spis)
-        if work.facts.stage in ("installing", "active"):
+        if self._installed(context.spis):
             await self._runner.run(UNDO, work)
             self._early.end(context.spis)
             return
         self._early.end(context.spis)
         # we installed no part of it, so an SA of that name is another one
         self._renames.forget(work.here, undone=True)
+        self._host.away.stays(work.here)
         if work.facts.stage == "":
-            self._host.away.stays(work.here)
             self._host.coming.drop(context.spis, soon=True)

@@ -433,9 +433,12 @@ class CharonSource(ContextSource):
         end = asyncio.get_running_loop().time() + SENDING_SECONDS
         start = {child.spi_in: child.outbound.seq for child in final}
         while context.spis in self._sending:
-            if asyncio.get_running_loop().time() > end or self._sent(context, start) >= SENDING_PACKETS:
-                log.warning("%s: no more ESP from here, the MN has not been told yet", context.connection)
-                self._end_sending(context)
+            try:
+                if asyncio.get_running_loop().time() > end or self._sent(context, start) >= SENDING_PACKETS:
+                    log.warning("%s: no more ESP from here, the MN has not been told yet", context.connection)
+                    self._end_sending(context)
+            except IkectxError as error:  # its numbers must not come to those of the other gateway
+                log.error("%s: ESP still leaves here, it is tried again: %s", context.connection, error)
             await asyncio.sleep(_LOOK)
 
     def _sent(self, context: IkeContext, start: Mapping[bytes, int]) -> int:
@@ -449,10 +452,10 @@ class CharonSource(ContextSource):
 
     def _end_sending(self, context: IkeContext) -> None:
         """Stop the ESP that goes on, unless that was done; then its policies are noted."""
-        self._sending.discard(context.spis)
         work = self._leaving(context)
         if goes_on_still(work):
             stop_at_last(work)
+        self._sending.discard(context.spis)
 
     def _leaving(self, context: IkeContext, view: SaView | None = None, *, jump: int = 0) -> Leaving:
         look = partial(self._view, context.spis)

@@ -547,6 +547,8 @@ class Handovers:
                     self._mobile.loud_later(run.sa, self.lock)
             else:
                 await self._mobile.home(run.sa)
+                if self._mobile.is_quiet(run.sa):  # charon was away when it was to be active again
+                    self._mobile.loud_later(run.sa, self.lock)
             self._outside.changed()
             if self._farewells is not None and await self._farewells.leave(run):
                 self.notes.answered(run.sa)

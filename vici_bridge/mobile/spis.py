@@ -246,7 +246,12 @@ class SpiWatch:
             if not await self._answered(sa, event):
                 return  # a handover was faster
             # an exchange in flight is charon's own, in most cases a rekey because of the new address
-            await self._mobile.quiet(sa, anything=True, patience=0.0)
+            try:
+                await self._mobile.quiet(sa, anything=True, patience=0.0)
+            except IkectxError:
+                if self._mobile.is_quiet(sa):
+                    self._mobile.loud_later(sa, self._lock)
+                raise
             try:
                 if asyncio.get_running_loop().time() > heard + IN_TIME + SETTLE:
                     log.warning("%s asked for other SPIs, but charon took too long", event.source)

@@ -69,8 +69,18 @@ def test_guards_match_all_that_the_policy_does_and_go_before_it() -> None:
                 inside = packet & mask == value
                 marks = [guard.mark for guard in pair if guard.mark is not None]
                 assert sum(packet & one.mask == one.value for one in marks) == inside
-    with pytest.raises(UsageError, match="32 bits"):
-        guards_of(KernelPolicy("out", selector, mark=Mark(1, 0xFFFFFFFF)), block=False)
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_a_policy_that_looks_at_all_bits_of_the_mark_has_a_guard_by_another_name(block: bool) -> None:
+    """`mark_out = 42` does: it could not be guarded, and its SA was lost by each handover."""
+    selector = Selector.between(ip_network("10.4.0.10/32"), ip_network("10.3.0.0/24"))
+    policy = KernelPolicy("out", selector, 371327, mark=Mark(42, 0xFFFFFFFF), index=9)
+    (guard,) = guards_of(policy, block=block)
+    assert (guard.action, guard.mark, guard.index) == (BLOCK if block else ALLOW, policy.mark, 0)
+    assert guard.priority < policy.priority
+    assert guard.selector != selector == replace(guard.selector, user=0)
+    assert KernelPolicy.parse(guard.raw).selector == guard.selector
 
 
 def test_the_way_an_sa_leads() -> None:
