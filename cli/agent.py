@@ -497,9 +497,10 @@ class Agent:
         """
         away, name = self._host.away, request.get("end", "")
         unblock = request.get("unblock") == "yes"
+        left = find(away.listing(), name) if any(names(row, name) for row in away.listing()) else None
         came = away.behind.end(name) if name and unblock else 0
-        if name and (not came or any(names(row, name) for row in away.listing())):
-            away.end(find(away.listing(), name), unblock=unblock)
+        if name and (left or not came):
+            away.end(left or find(away.listing(), name), unblock=unblock)
         behind = [block.to_json() for block in away.behind.listing()]
         return with_json({"detours": [row.to_json() for row in away.listing()], "behind": behind})
 

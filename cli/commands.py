@@ -27,6 +27,8 @@ from .answers import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vici_bridge.vici.client import ControlClient
 
     from .config import Config
@@ -447,6 +449,14 @@ def cancel(setup: Setup[Config], transfer: str, as_json: bool) -> None:
     show_answer(setup.ask("cancel", {"transfer": transfer}), as_json)
 
 
+def _there(path: Path) -> bool:
+    """True also for one that this user may not look for: to read it tells that."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
+
+
 @cli.command(short_help="Check this gateway, and say what to write where.")
 @json_option
 @click.pass_obj
@@ -464,8 +474,8 @@ def doctor(setup: Setup[Config], as_json: bool) -> int:
     from .mobile.config import config_path as mobile_path
 
     path = config_path(setup.given[0])
-    if setup.given[0] is None and not path.exists():
-        if mobile_path(None).exists():
+    if setup.given[0] is None and not _there(path):
+        if _there(mobile_path(None)):
             return diagnose(mobile_path(None), setup.given[1], as_json)
         return concluded(before(World(nothing_yet(path), "")), as_json)
     config = setup.config()

@@ -87,6 +87,8 @@ def read_table(text: str, path: Path) -> TomlTable:
         where = re.search(r"\(at line (\d+), column \d+\)$|\(at end of document\)$", str(error))
         line = where[1] if where and where[1] else str(text.count("\n") + 1)
         raise ConfigError(f"{path}:{line}: not TOML: {str(error).split(' (at ')[0]}") from None
+    except ValueError:  # of `int`, for more than 4300 digits
+        raise ConfigError(f"{path}: not TOML: a number has too many digits") from None
     except RecursionError:
         raise ConfigError(f"{path}: not TOML: nested too deeply") from None
     return TomlTable(data, (), _TomlSource(path, _scan(text)))

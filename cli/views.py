@@ -46,6 +46,11 @@ def chosen(
     for key, given in wanted.items():
         value = given.lower().removeprefix("0x") if key == "spi" else given
         views = [view for view in views if tests[key](view, value)]
+    if "spi" in wanted and len(views) > 1:
+        raise UnknownSaError(
+            f"{len(views)} IKE_SAs have an SPI that begins with {wanted['spi']}",
+            hint="give more of its digits",
+        )
     if not wanted:
         views = [view for view in views if not _of_gateway(view, gateways)]
     if not views and request.get("all") == "yes":

@@ -49,7 +49,9 @@ def address(value: Any, where: str) -> Address:
     return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
 
 
-addresses = cbor.array(address)
+MAX_VIRTUAL_IPS = 16
+"""Of one side of an IKE_SA: each is a selector of each CHILD_SA that has no others, and all are compared."""
+addresses = cbor.array(address, most=MAX_VIRTUAL_IPS)
 
 
 def endpoint(value: Any, where: str) -> Endpoint:

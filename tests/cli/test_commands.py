@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import pytest
@@ -352,3 +352,13 @@ def test_the_modules_a_short_command_needs_are_light() -> None:
         "ikectx_cli.agent",
     }
     assert not heavy & set(loaded)
+
+
+def test_what_a_user_may_not_look_for_is_taken_to_be_there() -> None:
+    """To read it tells him so; `doctor` ended with a traceback."""
+
+    class Hidden:
+        def exists(self) -> bool:
+            raise PermissionError(13, "Permission denied")
+
+    assert commands._there(cast(Any, Hidden()))

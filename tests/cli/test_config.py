@@ -272,6 +272,11 @@ def test_not_toml(text: str, line: int) -> None:
         parse(text, PATH)
 
 
+def test_a_number_that_python_does_not_read_is_not_toml() -> None:
+    with pytest.raises(ConfigError, match="too many digits"):
+        parse("a = " + "1" * 5000, PATH)
+
+
 @pytest.mark.parametrize(
     "section", ["gateway = 1", "peer = 1", "peer = [1]", "connections = []", "control = 'x'"]
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from ikectx.errors import UnknownSaError, UsageError
 from ikectx.sa.name import SaName
+from ikectx_cli.agent import Agent
 from ikectx_cli.config import ConnectionConfig
 from ikectx_cli.detours import find, need_ways
 from tests.vici_bridge.vici.test_views import VIEW
@@ -61,3 +65,14 @@ def test_one_that_left_has_two_names() -> None:
         find([one, other], "mn@example.org")
     with pytest.raises(UnknownSaError, match="no SA"):
         find([], "mn@example.org")
+
+
+def test_a_name_that_fits_several_ends_nothing() -> None:
+    """The blocks went, and then the error came: packets could leave in the clear."""
+    one = Departure(SaName(b"initiato", b"responde"), "mn@example.org", "nsg", "nsg", 1, 0.0)
+    rows, ended = [one, replace(one, sa=SaName(b"another.", b"responde"))], list[str]()
+    behind = SimpleNamespace(end=ended.append, listing=list)
+    agent = SimpleNamespace(_host=SimpleNamespace(away=SimpleNamespace(behind=behind, listing=lambda: rows)))
+    with pytest.raises(UnknownSaError, match="2 SAs"):
+        asyncio.run(Agent.detours(cast(Any, agent), {"end": "mn@example.org", "unblock": "yes"}))
+    assert not ended

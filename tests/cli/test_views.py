@@ -67,6 +67,12 @@ def test_an_sa_that_carries_connections_between_gateways_moves_only_by_name(
     assert chosen(views, request_, {"198.51.100.1"}) == list(wanted)
 
 
+def test_the_beginning_of_an_spi_names_one_sa_or_none() -> None:
+    """charon's ESP SPIs all begin with c: `--spi c` moved every SA."""
+    with pytest.raises(UnknownSaError, match=r"2 IKE_SAs have an SPI that begins with c"):
+        chosen([ONE, TWO], {"spi": "c"})
+
+
 def test_one_sa_needs_no_name_and_several_do() -> None:
     assert chosen([ONE, GATEWAYS], {}, {"198.51.100.1"}) == [ONE]
     with pytest.raises(UnknownSaError, match="there are 2 IKE_SAs: say which"):

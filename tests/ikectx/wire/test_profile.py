@@ -45,6 +45,15 @@ from ikectx.wire.profile import (
 from tests.profile_samples import PROFILE_VECTORS, RICH, TRANSFER, TYPICAL, TYPICAL_FINAL, UNKNOWN, rewrite
 
 
+def test_no_side_has_more_than_sixteen_virtual_ips() -> None:
+    """Each is a selector of each child without others: 1024 of each took a gateway minutes to check."""
+    most = tuple(ip_address(f"10.9.0.{last}") for last in range(1, 17))
+    allowed = replace(TYPICAL, remote_vips=most)
+    assert decode(encode(allowed, transfer=TRANSFER))[0].remote_vips == most
+    with pytest.raises(WireError, match="at most 16"):
+        decode(encode(replace(TYPICAL, remote_vips=(*most, ip_address("10.9.0.17"))), transfer=TRANSFER))
+
+
 def size_of(context: IkeContext, final: FinalState) -> list[int]:
     """Octets of PCTD, CTDR, CTD, CTDR."""
     mn = context.remote.address

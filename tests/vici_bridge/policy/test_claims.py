@@ -651,6 +651,10 @@ def test_bounds() -> None:
     assert reasons(check_bounds(context(children=children(16, 1)))) == []
     refused(check_bounds(context(children=children(17, 1))), "named net0")
     refused(check_bounds(context(children=children(65, 65))), "65 CHILD_SAs")
+    # and then nothing else is looked at: it would take as long as a peer likes
+    many = context(children=children(65, 65), mid_initiator=1 << 40)
+    found = check_policy(many, connection(), Rules(), pools(), PLACE)
+    assert [verdict.status for verdict in found] == [Status.TOO_MUCH]
     refused(check_bounds(context(generations=(context().current,) * 17)), "17 IKE_SAs")
     refused(check_bounds(with_child(remote_ts=(selector("10.4.0.10"),) * 256)), "256 traffic selectors")
 
