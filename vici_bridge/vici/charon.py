@@ -102,7 +102,11 @@ class _Connection(asyncio.Protocol):
     async def register(self, event: str) -> None:
         """Have charon send that event from now on. Errors: as `receive`, CharonError."""
         self.send(Packet(PacketType.EVENT_REGISTER, event))
-        if (await self.receive()).type is not PacketType.EVENT_CONFIRM:
+        others = []  # events that were asked for before: charon does not wait with them
+        while (packet := await self.receive()).type is PacketType.EVENT:
+            others.append(packet)
+        self._packets.extendleft(reversed(others))
+        if packet.type is not PacketType.EVENT_CONFIRM:
             raise CharonError(f"charon does not know the event {event}")
         self.events.add(event)
 
@@ -404,7 +408,8 @@ class Charon:
                         while events:
                             packet = await connection.receive()
                             with contextlib.suppress(WireError):  # one event that cannot be read
-                                events[packet.name](parse_message(packet.body, foreign=True))
+                                if (hear := events.get(packet.name)) is not None:
+                                    hear(parse_message(packet.body, foreign=True))
                     await connection.ended
                 finally:
                     connection.close()

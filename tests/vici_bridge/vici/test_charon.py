@@ -15,7 +15,7 @@ from ikectx.errors import CharonError, WireError
 from tests.hand_loop import run_bounded as run
 from tests.vici_bridge.vici.test_client import StandIn, like_charon, response
 from vici_bridge.vici.charon import MOMENT, MOST, PIECE, Charon
-from vici_bridge.vici.codec import Packet, PacketType, parse_message, serialize_message
+from vici_bridge.vici.codec import Deframer, Packet, PacketType, parse_message, serialize_message
 
 SAS = [{"mn": {"uniqueid": str(number), "initiator-spi": f"{number:016x}"}} for number in (1, 2, 3)]
 
@@ -343,3 +343,36 @@ def test_charon_comes_and_goes(telling: tuple[Telling, StandIn]) -> None:
         await charon.close()
 
     asyncio.run(scenario())
+
+
+def test_an_event_between_two_registrations_is_heard_and_ends_nothing(tmp_path: Path) -> None:
+    """It was taken for "charon does not know the event", and what followed ended the watch without a word."""
+    path, writers = str(tmp_path / "vici"), list[asyncio.StreamWriter]()
+
+    async def charon(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        deframer = Deframer()
+        while data := await reader.read(65536):
+            for packet in deframer.receive(data):
+                if packet.name == "second":
+                    body = serialize_message({"x": "1"})
+                    writer.write(Packet(PacketType.EVENT, "first", body).framed())
+                if packet.type is PacketType.EVENT_REGISTER:
+                    writer.write(Packet(PacketType.EVENT_CONFIRM).framed())
+                else:
+                    writer.write(Packet(PacketType.CMD_RESPONSE, body=serialize_message({})).framed())
+
+    async def scenario() -> None:
+        server = await asyncio.start_unix_server(charon, path)
+        told, heard = list[bool](), list[Any]()
+        watched = Charon(path)
+        watched.watch(told.append, dict.fromkeys(("first", "second", "third"), heard.append))
+        await soon(lambda: bool(heard))
+        assert told == [True]
+        for writer in writers:
+            writer.transport.abort()
+        await soon(lambda: told == [True, False, True])
+        await watched.close()
+        server.close()
+
+    run(scenario())
