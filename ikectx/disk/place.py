@@ -92,6 +92,9 @@ def rotate_key(store: SqliteStore, directory: Path, key_file: Path | None = None
             (directory / _KEY).unlink(missing_ok=True)
         else:
             fresh = directory / _NEW
+            if fresh.exists() and opens(directory / "state.db", fresh.read_bytes()):
+                fresh.replace(directory / _KEY)  # a try that failed late: the database needs this one by now
+                _sync(directory)
             fresh.unlink(missing_ok=True)
             _write_key(fresh)
             many = store.rekey(fresh.read_bytes())

@@ -162,3 +162,34 @@ def test_a_disk_that_is_full_leaves_the_old_key(tmp_path: Path, monkeypatch: pyt
         assert all_there(store)
     with open_store(place) as store:
         assert all_there(store)
+
+
+def test_a_second_try_does_not_lose_the_key_that_the_first_one_has_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first failed when the database had its new key already; the second removed the only copy of it."""
+    place = tmp_path / "state"
+    store = open_store(place)
+    store.put("note", "k", b"value")
+    rekey = store.rekey
+
+    def late(key: bytes) -> int:
+        rekey(key)
+        raise StoreError("no descriptor is left for the checkpoint")
+
+    with monkeypatch.context() as first:
+        first.setattr(store, "rekey", late)
+        with pytest.raises(StoreError):
+            rotate_key(store, place)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as second:
+        second.setattr(os, "fsync", full)
+        with pytest.raises(StoreError):
+            rotate_key(store, place)
+    store.close()
+    again = open_store(place)
+    assert again.get("note", "k") == b"value"
+    again.close()
