@@ -92,10 +92,7 @@ def rotate_key(store: SqliteStore, directory: Path, key_file: Path | None = None
             (directory / _KEY).unlink(missing_ok=True)
         else:
             fresh = directory / _NEW
-            if fresh.exists() and opens(directory / "state.db", fresh.read_bytes()):
-                fresh.replace(directory / _KEY)  # a try that failed late: the database needs this one by now
-                _sync(directory)
-            fresh.unlink(missing_ok=True)
+            _end_rotation(directory)  # an earlier try may have failed when the database had its key already
             _write_key(fresh)
             many = store.rekey(fresh.read_bytes())
             fresh.replace(directory / _KEY)
@@ -182,7 +179,7 @@ def _write_key(path: Path) -> None:
 
 
 def _end_rotation(place: Path) -> None:
-    """After a crash in `rotate_key`: the key that the database is sealed with is the key."""
+    """After `rotate_key` was cut off: the key that the database is sealed with is the key."""
     fresh = place / _NEW
     if not fresh.exists():
         return
