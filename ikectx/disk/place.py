@@ -10,7 +10,6 @@ One directory (0700) holds
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import secrets
@@ -84,12 +83,14 @@ def rotate_key(store: SqliteStore, directory: Path, key_file: Path | None = None
 
     `key_file`: the key from now on, which its owner has made; None: a fresh one, in the directory. It is all
     or nothing, also after a crash: the new key is on the disk before the database needs it, and the old one
-    until then. Errors: StoreError; the store then has its old key.
+    until then. Errors: StoreError; the store then has its old key, or the new one is on the disk as well.
     """
     try:
         if key_file is not None:
             many = store.rekey(read_key(key_file))
-            (directory / _KEY).unlink(missing_ok=True)
+            old = directory / _KEY
+            if old.exists() and not old.samefile(key_file):
+                old.unlink()
         else:
             fresh = directory / _NEW
             _end_rotation(directory)  # an earlier try may have failed when the database had its key already
@@ -179,16 +180,17 @@ def _write_key(path: Path) -> None:
 
 
 def _end_rotation(place: Path) -> None:
-    """After `rotate_key` was cut off: the key that the database is sealed with is the key."""
+    """After `rotate_key` was cut off: the key that the database is sealed with is the key. Errors: StoreError
+    if it cannot be looked at; then all keys stay. OSError."""
     fresh = place / _NEW
     if not fresh.exists():
         return
-    with contextlib.suppress(StoreError):
-        if opens(place / "state.db", read_key(fresh)):
-            fresh.replace(place / _KEY)
-            _sync(place)
-            return
-    fresh.unlink()
+    key, database = fresh.read_bytes(), place / "state.db"
+    if len(key) == KEY_SIZE and database.exists() and opens(database, key):
+        fresh.replace(place / _KEY)
+        _sync(place)
+    else:
+        fresh.unlink()
 
 
 def _sync(directory: Path) -> None:

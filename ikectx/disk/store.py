@@ -511,10 +511,13 @@ class SqliteStore:
 
 
 def opens(path: Path, key: bytes) -> bool:
-    """Whether the database at `path` is sealed with `key`."""
+    """Whether the database at `path` is sealed with `key`. Errors: StoreError, where it cannot be read."""
     try:
         with contextlib.closing(sqlite3.connect(path)) as db:
             row = db.execute("SELECT value FROM meta WHERE name = 'check'").fetchone()
-            return row is not None and Sealer(key).open("meta|check", row[0]) == _CHECK
-    except (sqlite3.Error, StoreError):
+    except sqlite3.Error as error:
+        raise StoreError(f"{path} cannot be read, to see which key it needs: {error}") from None
+    try:
+        return row is not None and Sealer(key).open("meta|check", row[0]) == _CHECK
+    except StoreError:
         return False

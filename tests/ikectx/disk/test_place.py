@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
 import struct
 from dataclasses import replace
@@ -193,3 +194,34 @@ def test_a_second_try_does_not_lose_the_key_that_the_first_one_has_brought(
     again = open_store(place)
     assert again.get("note", "k") == b"value"
     again.close()
+
+
+def test_while_the_database_cannot_be_read_no_key_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "state"
+    with open_store(place) as store:
+        (place / "state.key.new").write_bytes(bytes(32))
+
+        def none_left(_path: Path) -> sqlite3.Connection:
+            raise sqlite3.OperationalError("unable to open database file")
+
+        with monkeypatch.context() as short:
+            short.setattr(sqlite3, "connect", none_left)
+            with pytest.raises(StoreError, match="which key it needs"):
+                rotate_key(store, place)
+        assert (place / "state.key.new").exists()
+        rotate_key(store, place)
+        assert not (place / "state.key.new").exists()
+    open_store(place).close()
+
+
+def test_a_key_that_was_put_in_the_place_of_the_old_one_stays(tmp_path: Path) -> None:
+    """`rotate-key --key STATE_DIR/state.key` removed that very file, and the store was lost."""
+    place = tmp_path / "state"
+    with open_store(place) as store:
+        store.put("note", "k", b"value")
+        (place / "state.key").write_bytes(bytes(range(32)))
+        rotate_key(store, place, place / "state.key")
+    with open_store(place) as again:
+        assert again.get("note", "k") == b"value"
