@@ -101,8 +101,7 @@ class Follow:
         self._try(lambda: self._look(views))
 
     def _look(self, views: Sequence[SaView]) -> None:
-        # an earlier agent was letting these go: charon has them for a moment yet, or had when it was asked
-        away = {departure.sa for departure in self._away.listing() if departure.stage is Stage.AWAY}
+        away = self._let_go()
         for view in views if self._away.listing() else ():
             if view.state == "ESTABLISHED" and view.spis not in away and not self._importing(view.spis):
                 for departure in self._away.serves(view.spis, view.remote_id, pairs_in(view)):
@@ -111,9 +110,13 @@ class Follow:
         departed = [departure.sa for departure in self._away.listing()]
         self._origins.look([view.spis for view in views], departed, self._heir)
 
+    def _let_go(self) -> set[SaName]:
+        """SAs that have left: charon may have them for a moment yet, or had them when it was asked."""
+        return {departure.sa for departure in self._away.listing() if departure.stage is Stage.AWAY}
+
     def _came_up(self, name: SaName) -> None:
         """A CHILD_SA came up: end departures and blocks of its addresses."""
-        if not self._importing(name):
+        if not self._importing(name) and name not in self._let_go():
             context = self._record.context(name)
             self.serves(name, context)
             self._origins.appeared(name, str(context.remote_id), lambda wanted: _covers(context, wanted))

@@ -15,12 +15,13 @@ from ikectx.errors import StoreError
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire.whereabouts import What, Whereabouts
-from tests.vici_bridge.away.test_absences import Gateway
+from tests.vici_bridge.away.test_absences import Gateway, left
+from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.vici_bridge.vici.test_views import context
 from vici_bridge.away.absences import Away
 from vici_bridge.away.follow import Follow
 from vici_bridge.away.origins import Origins
-from vici_bridge.ha.record import ChildAdded, Deleted, Rekeyed
+from vici_bridge.ha.record import ChildAdded, Deleted, Rekeyed, Updated
 
 INNER = {"a": "10.3.0.1", "b": "10.3.0.2", "c": "10.3.0.3", "d": "10.3.0.4"}
 PEERS = {"a": "bcd", "b": "acd", "c": "abd", "d": "abc"}
@@ -424,3 +425,14 @@ def test_a_walk(seed: int) -> None:
         # one that connected anew elsewhere was not given to that gateway by those before
         fates = {f"protected at {world.at}"} | ({"dropped"} if connected > 1 else set())
         assert {world.trace(name) for name in world.been} <= fates
+
+
+def test_what_charon_tells_of_an_sa_that_it_is_about_to_drop_ends_no_departure() -> None:
+    """`ikectx resync` at that moment: the SA's policies went, and its packets left in the clear."""
+    gateway, record = Gateway(), Record()
+    here = left(gateway)
+    record.sas[here.spis] = here
+    follow = Follow(gateway.away, Origins(MemoryStore()), record, lambda sa: False)  # type: ignore[arg-type]
+    follow.heed(Updated(here.spis))
+    del record.sas[here.spis]
+    assert gateway.packet() == "sent on to 10.3.0.3"
