@@ -56,15 +56,17 @@ class Passing:
     def seen_at(self, context: IkeContext) -> Endpoint:
         """The endpoint of this gateway that is to stand for the mobile node. Errors: BusyError."""
         key = context.spis.key
-        if key not in self._promised:
-            self._promised[key] = self.free_port()
+        self._promised[key] = self._promised.pop(key, 0) or self.free_port()  # the last to be forgotten
         return Endpoint(context.local.address, self._promised[key])
 
     def free_port(self) -> int:
         """A port of this gateway that stands for nobody. Errors: BusyError."""
-        taken = {rule.port for rule in self._rules.values()} | set(self._promised.values())
-        if len(taken) >= len(RELAY_PORTS) // 2:
-            raise BusyError(f"{len(taken)} mobile nodes are relayed here, which is all that can be")
+        relayed, most = {rule.port for rule in self._rules.values()}, len(RELAY_PORTS) // 2
+        if len(relayed) >= most:
+            raise BusyError(f"{len(relayed)} mobile nodes are relayed here, which is all that can be")
+        # nobody gives up what was promised in a dry run, or to an SA that has another name since
+        while len(taken := relayed | set(self._promised.values())) >= most:
+            del self._promised[next(iter(self._promised))]
         while (port := secrets.choice(RELAY_PORTS)) in taken:
             pass
         return port

@@ -9,6 +9,7 @@ from ipaddress import ip_address
 
 import pytest
 
+from ikectx.errors import BusyError
 from ikectx.sa.context import Endpoint
 from ikectx.sa.name import SaName
 from tests.vici_bridge.vici.test_views import context
@@ -50,6 +51,26 @@ def test_ports_are_one_for_each() -> None:
     passing.put(here.spis.key, rule_for(here, first.port, TO))
     assert passing.of(first) == rule_for(here, first.port, TO)
     assert passing.of(Endpoint(first.address, 1)) is None
+
+
+def test_what_was_promised_and_never_used_makes_room_for_who_comes() -> None:
+    """After 4,096 dry runs of mobile nodes behind NATs none could be moved until the agent was restarted."""
+    passing, here = Passing(Nat()), context()  # type: ignore[arg-type]
+
+    def promised(number: int) -> Endpoint:
+        current = replace(here.current, spi_i=number.to_bytes(8))
+        return passing.seen_at(replace(here, generations=(current,)))
+
+    most = len(module.RELAY_PORTS) // 2
+    first = [promised(number) for number in range(1, most)]
+    kept = promised(1)  # it is offered once more, so it is not the oldest
+    for number in range(most, most + 100):
+        promised(number)
+    assert promised(1) == kept == first[0]
+    assert len(passing._promised) <= most
+    passing._rules = {str(port): rule_for(here, port, TO) for port in list(module.RELAY_PORTS)[:most]}
+    with pytest.raises(BusyError, match=f"{most} mobile nodes are relayed"):
+        passing.free_port()
 
 
 def test_esp_under_an_unknown_spi_goes_back_to_the_only_one() -> None:
