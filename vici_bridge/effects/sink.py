@@ -109,6 +109,8 @@ class CharonSink(ContextSink):
             host.coming, host.spawn, host.listing.crowd, PREPARE, TAKE, ACTIVATE, UNDO
         )
         self._swept = 0
+        self._undoing: set[SaName] = set()
+        """SAs that do not come and could not be removed yet."""
 
     def resume(self) -> None:
         """After a start: finish work that an agent before this one left open."""
@@ -307,6 +309,8 @@ class CharonSink(ContextSink):
         """See `ContextSink.ready`. charon has the SA for a moment. An SA that is PASSIVE for long would be
         activated together with others, and given up because its mobile node does not answer."""
         hushed: list[KernelPolicy] = []
+        if context.spis in self._undoing:
+            return False
         try:
             hushed = self._early.hush(self._here(context)) if self._host.kernel is not None else []
             if not hushed:
@@ -333,7 +337,8 @@ class CharonSink(ContextSink):
         self._early.end(context.spis)
         self._memory.erase(context.spis)
         self._memory.relayed.pop(context.spis, None)
-        if self._installed(context.spis):
+        if self._installed(context.spis) and context.spis not in self._undoing:
+            self._undoing.add(context.spis)
             self._host.spawn(self._undo_at_last(context))
 
     def _installed(self, sa: SaName) -> bool:
@@ -341,13 +346,16 @@ class CharonSink(ContextSink):
 
     async def _undo_at_last(self, context: IkeContext) -> None:
         """An SA that was got ready is still here, because charon could not be asked: the other gateway serves
-        it, under the same keys."""
-        while self._installed(context.spis):
-            try:
-                await self.undo(context)
-            except IkectxError as error:
-                log.error("%s is still here, and another gateway serves it: %s", context.connection, error)
-                await asyncio.sleep(_AGAIN)
+        it, under the same keys. Until it is gone `prepare` refuses it."""
+        try:
+            while self._installed(context.spis):
+                try:
+                    await self.undo(context)
+                except IkectxError as error:
+                    log.error("%s is here, and another gateway serves it: %s", context.connection, error)
+                    await asyncio.sleep(_AGAIN)
+        finally:
+            self._undoing.discard(context.spis)
 
     def _lead(self, context: IkeContext) -> None:
         """Send what comes for the mobile node to where it is now, before charon is asked for anything."""
@@ -361,6 +369,8 @@ class CharonSink(ContextSink):
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. After a failure nothing of the SA is left."""
+        if context.spis in self._undoing:
+            raise CharonError("what was got ready of the SA before is still being removed here")
         self._lead(context)
         async with self._host.import_lock:
             seen, verdicts, taken = await self._judged(context, keep_address)

@@ -14,6 +14,7 @@ import pytest
 from ikectx.clock import steady_wall
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import CharonError, KernelError, StoreError, UnknownSaError
+from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from tests.across.test_go_on import run, sends, served
 from tests.gateway_world import Charon, Sad
@@ -30,13 +31,22 @@ from vici_bridge.due_rekeys import DueRekeys
 from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import source as source_module
 from vici_bridge.effects.source import CharonSource
+from vici_bridge.host import CharonHost
 from vici_bridge.rekey_after_move import FreshKeys
 from vici_bridge.traps import Traps
 from vici_bridge.vici.views import SaView
 
 
-async def nobody(*_: Any) -> MoveReport:
-    return MoveReport()
+async def frozen(host: CharonHost, context: IkeContext) -> tuple[CharonSource, IkeContext]:
+    """The SA on its way to nsg again, and who lets it go."""
+
+    async def nobody(*_: Any) -> MoveReport:
+        return MoveReport()
+
+    source = CharonSource(host, nobody)
+    leaves = await source.export(context.spis)
+    await source.freeze(leaves, "nsg")
+    return source, leaves
 
 
 def test_what_a_killed_charon_has_left_goes_on_behind_the_other_gateways_numbers() -> None:
@@ -63,9 +73,7 @@ def test_an_sa_that_is_here_again_has_no_script_that_says_that_it_left(
         context = a_context(1)
         here.mobiles.add(context)
         await move(here, context)
-        source = CharonSource(here.host, nobody)
-        leaves = await source.export(context.spis)
-        await source.freeze(leaves, "nsg")
+        source, leaves = await frozen(here.host, context)
         with monkeypatch.context() as without:
             without.setattr(subprocess, "Popen", no_descriptors)
             await source.release(leaves)
@@ -157,7 +165,11 @@ def test_an_sa_that_charon_keeps_goes_when_it_does_not_come(monkeypatch: pytest.
                 slow.setattr(there.here.host, "delete", listed)
                 with pytest.raises(CharonError):
                     await sink.ready(there.context, False)
-            sink.not_coming(there.context)
+                sink.not_coming(there.context)
+                # the other gateway offers it again: it would be removed as soon as that can be done
+                with pytest.raises(CharonError, match="still being removed"):
+                    await sink.prepare(there.context, False)
+                assert await sink.ready(there.context, False) is False
             await until(lambda: not there.here.charon.sas)
 
     run(scenario())
@@ -212,9 +224,7 @@ def test_an_sa_that_was_to_come_back_and_did_not_is_away_again() -> None:
         context = a_context(1)
         here.mobiles.add(context)
         await move(here, context)
-        source = CharonSource(here.host, nobody)
-        leaves = await source.export(context.spis)
-        await source.freeze(leaves, "nsg")
+        source, leaves = await frozen(here.host, context)
         await source.release(leaves)
 
         def full(*_: Any, **__: Any) -> Sequence[Any]:
