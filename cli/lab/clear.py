@@ -41,8 +41,8 @@ PREFIXES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "tunnel": ((0x0A04, 0x0A30), (0xFD04,)),
     "transport": ((0x0A01, 0x0A05), (0xFD01, 0xFD05)),
 }
-"""The first 16 bits of the mobile nodes' addresses by mode: of IPv4, of IPv6. Those of transport mode are the
-outer ones."""
+"""The first 16 bits of the mobile nodes' addresses, and of a fleet's, by mode: of IPv4, of IPv6. Those of
+transport mode are the outer ones."""
 
 OUTSIDE, INSIDE = ("eth0", "eth1"), ("lan0", "lan1")
 """A gateway's interfaces."""

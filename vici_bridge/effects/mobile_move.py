@@ -241,12 +241,12 @@ def leads(sa: KernelSa | None, source: Endpoint, destination: Endpoint) -> bool:
 
 
 def guards_of(policy: KernelPolicy, *, block: bool) -> tuple[KernelPolicy, ...]:
-    """Two policies that together match the packets of `policy`, and precede it.
+    """Policies that together match the packets of `policy`, and precede it.
 
     The kernel identifies a policy by selector, direction and mark, and charon by selector and direction. With
     one more bit in the mark's mask, once clear and once set, these are different policies for both. `block`:
-    they drop. One that has every bit in its mask already, as `mark_out = 42` gives it, has one guard: by the
-    `user` of its selector it is another policy, too (see `beside`).
+    they drop. A policy that has every bit in its mask already, as `mark_out = 42` gives it, has one guard,
+    which is another policy by the `user` of its selector (see `beside`).
     """
     mark = policy.mark or Mark(0, 0)
     free = ~mark.mask & _MARK_BITS
