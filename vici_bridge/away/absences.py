@@ -19,6 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from ipaddress import ip_address
 
 from ikectx.engine.ports import Store
 from ikectx.errors import KernelError, StoreError, UnknownSaError
@@ -35,27 +36,25 @@ from vici_bridge.vici.views import prefixes
 from .behind import Behind
 from .departures import (
     OURS,
+    SENT,
     SENT_ON,
     Departure,
     News,
     Stage,
-    allow_of,
     bare_blocks,
     block_of,
     detourable,
-    within,
 )
+from .leading import Leading, Ways
 from .pairs import Pair, networks
 from .passing import Passing
 
 log = logging.getLogger(__name__)
 
-Ways = dict[tuple[str, int], int]
-"""Devices by gateway and IP version, 0: there is no way."""
 _LETTING_GO = (Stage.LEAVING, Stage.HANDED)
 GUESTS = 3
 """Places of a relayed mobile node beside the one that it had when it left."""
-FAR = ("192.0.2.1", "2001:db8::1")
+FAR = (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
 """Addresses of no host (RFC 5737, RFC 3849): packets for them leave by the default route."""
 KIND = "detour"
 """Kind of store entry, by the name that the SA had when it left: a `Departure`. It is not in the ledger,
@@ -82,7 +81,7 @@ class Away:
         self._store = store
         self._kernel = kernel
         self._detour = detour
-        self._ways = ways
+        self._leading = Leading(kernel, detour, ways)
         self._wall = wall
         self._rows: dict[str, Departure] = {}
         self._named: defaultdict[str, set[str]] = defaultdict(set)
@@ -94,7 +93,7 @@ class Away:
         """Are blocks left in the kernel that the store does not have?"""
         self._found: set[SaName] = set()
         """SAs that are leaving, whose packets the network inside leads to the new gateway by itself."""
-        self.behind = Behind(store, kernel)
+        self.behind = Behind(store, kernel, detour.device_now)
         self.passing = Passing(nat)
 
     def load(self) -> None:
@@ -117,7 +116,7 @@ class Away:
     def stranded(self, prefixes: Collection[Network], to: str) -> set[Network]:
         """Those of the prefixes whose packets have no way to that peer now."""
         known: Ways = {}
-        return {network for network in prefixes if not self._way(network, to, known)}
+        return {network for network in prefixes if not self._leading.way(network, to, known)}
 
     @contextlib.contextmanager
     def without_detour(self, sas: Iterable[SaName]) -> Iterator[None]:
@@ -167,23 +166,15 @@ class Away:
             relay=relay,
             policies=policies,
         )
-        row = self._led(row)
+        row = self._leading.led(row)
         if context.connection in self._announced:
             self._found.add(context.spis)
-        row = replace(row, closed=tuple(remote) if self._kernel is None else self._one_armed(row))
+        # with ESP in user space no policy has any effect
+        row = replace(row, closed=tuple(remote)) if self._kernel is None else self._leading.closing(row)
         self._keep(row)
-        self._shut(row)
-        self._send_on(row)
+        self._leading.shut(row)
+        self._leading.send_on(row)
         self._pass_on(None, row)
-
-    def _one_armed(self, row: Departure) -> tuple[str, ...]:
-        """Prefixes whose packets would leave by the same device without the detour.
-
-        No policy can tell these packets from others there, so an unreachable route is their block, as if ESP
-        were in user space.
-        """
-        allowed = {policy.selector.ifindex for policy in row.allows}
-        return tuple(prefix for prefix in row.led if self._detour.device_now(prefix) in allowed)
 
     def back(self, sa: SaName) -> None:
         """The SA is served here again as before: end its detour and its block. Idempotent."""
@@ -203,8 +194,8 @@ class Away:
             return row
         now = row.told(News.LEFT)
         if row.stage is Stage.LEAVING:
-            self._keep(now, soon=True)  # the kernel has the right routes and policies already
             self.passing.put(now.key, now.passed_on)
+            self._keep(now, soon=True)  # the kernel has the right routes and policies already
         else:
             self._change(row, now)
         row = self._rows[row.key]
@@ -261,9 +252,11 @@ class Away:
         Idempotent. Errors: KernelError, StoreError."""
         row = self._rows.get(sa.key)
         if row is not None and (row.epoch, row.peer, row.stage) == (epoch, peer, Stage.HANDED):
-            now = self._led(row.told(News.READY))
+            now = self._leading.closing(self._leading.led(row.told(News.READY)))
             self._keep(now)
-            self._send_on(now)  # what was in the kernel stays
+            if now.closed != row.closed:
+                self._leading.shut(now)
+            self._leading.send_on(now)  # what was in the kernel stays
 
     def renamed(self, peer: str, sa: SaName, epoch: int, name: SaName, esp: tuple[bytes, ...] = ()) -> None:
         """The SA has another name at the gateway that it was given to, or its mobile node receives ESP under
@@ -334,14 +327,16 @@ class Away:
         if self._kernel is None:
             return  # ESP in user space has no policies that could be blocks
         try:
-            devices = [self._detour.device_now(str(context.remote.address))]
-            if relayed:
-                devices += filter(None, map(self._detour.device_now, FAR))
+            places = [context.remote.address, *(FAR if relayed else ())]
+            devices = {place: self._detour.device_now(str(place)) for place in places}
         except KernelError as error:
             log.error("the way to %s is not known: %s", context.remote.address, error)
-            devices = [0]
-        for outside in devices:
-            self.behind.stand(context, reqids, outside)
+            devices = {}
+        towards = {place: device for place, device in devices.items() if device}
+        if context.remote.address not in towards:
+            self.behind.stand(context, reqids)
+        for outer, device in towards.items():
+            self.behind.stand(context, reqids, device, outer)
 
     def opens(self, context: IkeContext) -> None:
         """charon leads packets to the SA now, also with ESP in user space: remove any block in front of
@@ -419,13 +414,19 @@ class Away:
     def restore(self) -> None:
         """Put into the kernel what the store has, and remove the rest. Failures are logged."""
         self.behind.restore()
+        try:
+            for row in self.listing():
+                if (now := self._leading.renewed(row)) != row:
+                    self._keep(now)
+        except (KernelError, StoreError) as error:
+            log.error("packets for mobile nodes that left may leave in the clear: %s", error)
         rows = self.listing()
         try:
             if self._kernel is not None:
                 wanted = {policy.raw for row in rows for policy in (*row.blocks, *row.allows)}
                 for policy in self._kernel.dump_policies():
                     kept = self._keeps and policy.action == BLOCK
-                    ours = policy.selector.user == OURS and not kept
+                    ours = policy.selector.user in (OURS, SENT) and not kept
                     if ours and replace(policy, index=0).raw not in wanted:
                         self._kernel.delete_policy(policy)
             sent = {prefix for row in rows for prefix in row.sent_on}
@@ -441,69 +442,36 @@ class Away:
         ways: Ways = {}
         for row in rows:
             try:
-                self._shut(row)
-                now = self._led(row, ways) if row.peer else row
+                self._leading.shut(row)
+                now = self._leading.led(row, ways) if row.peer else row
                 if now != row:
                     self._change(row, now)
                 else:
-                    self._send_on(row)
+                    self._leading.send_on(row)
             except (KernelError, StoreError) as error:
                 log.error("packets for %s, which is at %s, cannot be sent on: %s", row.mn, row.at, error)
 
     def look_again(self) -> None:
         """Devices or addresses changed, or somebody removed our routes: adapt the detours."""
+        self.behind.look_again()
         ways: Ways = {}
         last: dict[str, tuple[Address, ...]] = {}
         inside: set[Network] = set()
         for row in self.listing():
+            now = self._leading.renewed(row)
             if row.peer and row.stage in SENT_ON:
-                now = self._led(row, ways)
+                now = self._leading.led(now, ways)
                 last.update((prefix, now.via) for prefix in now.sent_on)
                 inside |= now.inside
-                if now != row:
+                if (now.led, now.via) != (row.led, row.via):
                     log.info("%s: packets for it are sent on by another way, or by none", row.mn)
-                    try:
-                        self._change(row, now)
-                    except (KernelError, StoreError) as error:
-                        log.error("packets for %s are not sent on: %s", row.mn, error)
+            if now != row:
+                try:
+                    self._change(row, now)
+                except (KernelError, StoreError) as error:
+                    log.error("packets for %s are not blocked or sent on: %s", row.mn, error)
         for via in set(last.values()):
-            self._add([prefix for prefix, by in last.items() if by == via], via, inside)
-
-    def _led(self, row: Departure, known: Ways | None = None) -> Departure:
-        """The departure with the present way to the gateway that has the SA, and the policies for that way.
-
-        If there is no way to that gateway, packets go to the one that the SA was given to. `known`: ways that
-        were found just now for other departures.
-        """
-        known = {} if known is None else known
-        if row.stage not in SENT_ON:
-            return replace(row, led=(), via=(), allows=())
-        led: dict[Network, int] = {}
-        via: tuple[Address, ...] = ()
-        for name in dict.fromkeys((row.at, row.peer)):
-            ways = {network: self._way(network, name, known) for network in networks(row.prefixes)}
-            if any(ways.values()):
-                led, via = {network: way for network, way in ways.items() if way}, tuple(self._ways[name])
-                break
-        allows = {
-            allow_of(block, device).raw: allow_of(block, device)
-            for block in row.blocks
-            for network, device in led.items()
-            if within(block.destination, network) and block.selector.ifindex in (0, device)
-        }
-        own = zip(row.prefixes, networks(row.prefixes), strict=True)
-        texts = tuple(prefix for prefix, network in own if network in led)
-        return replace(row, led=texts, via=via, allows=tuple(allows.values()))
-
-    def _way(self, network: Network, name: str, known: Ways) -> int:
-        """Index of the device by which packets for a network get to that gateway now, 0: there is no way.
-
-        The kernel is asked once for each gateway and IP version, unless the way depends on the network."""
-        if any(gateway in network for gateway in self._ways.get(name, ())):
-            return 0
-        if (name, network.version) not in known:
-            known[name, network.version] = self._detour.device_to(network, self._ways.get(name, ()))
-        return known[name, network.version]
+            self._leading.add([prefix for prefix, by in last.items() if by == via], via, inside)
 
     def _rows_of(self, context: IkeContext) -> list[Departure]:
         """The departures that have an address of the SA."""
@@ -545,11 +513,17 @@ class Away:
         """Change store (`soon`: with its next write) and kernel to `now`, None: remove the departure. Errors:
         KernelError, StoreError."""
         if now is not None:
-            now = self._led(now) if now.peer else now
+            now = self._leading.led(now) if now.peer else now
+            if now.sent_on and not row.sent_on:
+                now = self._leading.closing(now)
             self._keep(now, soon=soon)
-            if now.stage is not Stage.COMING:  # until then nothing that is shut was opened
-                self._shut(now)
-            self._lead(row, now)
+            try:
+                if now.stage is not Stage.COMING:  # until then nothing that is shut was opened
+                    self._leading.shut(now)
+                self._lead(row, now)
+            except KernelError:
+                self._keep(row, soon=True)  # whoever tries again must find what is to be changed
+                raise
             return
         self._leave_out(row.key)
         try:
@@ -567,7 +541,7 @@ class Away:
         # if two departures have the same address, the later one leads its packets
         for other in sorted(others, key=lambda one: one.since):
             if other is now or set(other.sent_on) & set(row.sent_on):
-                self._send_on(other)
+                self._leading.send_on(other)
         if self._kernel is not None:
             kept = {policy.raw for other in others for policy in (*other.blocks, *other.allows)}
             over = [policy for policy in (*row.allows, *row.blocks) if policy.raw not in kept]
@@ -575,23 +549,3 @@ class Away:
         closed = set(row.closed) - {prefix for other in others for prefix in other.closed}
         if closed:
             self._detour.open_up(sorted(closed))
-
-    def _shut(self, row: Departure) -> None:
-        if self._kernel is not None:
-            self._kernel.replace_policies(row.blocks)
-        if row.closed:
-            self._detour.shut(row.closed)
-
-    def _send_on(self, row: Departure) -> None:
-        if not row.sent_on or not row.via:
-            return
-        if self._kernel is not None:
-            self._kernel.replace_policies(row.allows)
-        self._add(row.sent_on, row.via, row.inside)
-
-    def _add(self, texts: Sequence[str], via: Sequence[Address], inside: Collection[Network]) -> None:
-        if texts and via:
-            try:
-                self._detour.add(texts, via, inside)
-            except KernelError as error:
-                log.warning("packets for %s are not sent on: %s", ", ".join(texts[:3]), error)

@@ -6,8 +6,9 @@ that still arrive would leave in the clear. So each outbound policy of such an S
 that drops the same packets, of the least priority there is, so that it matters only if there is no other. It
 remains until another mobile node has the address here, or the operator removes it (`ikectx detours --end NAME
 --unblock`). There is no block behind a policy for everything (as of a route-based VPN without marks), because
-it would cut the gateway off, nor behind one for the mobile node's outer address (transport mode), because the
-old gateway does not send such packets on.
+it would cut the gateway off, nor behind one for the mobile node's outer address where the old gateway does
+not send such packets on (transport mode, and behind a NAT). Where it does, IKE is not blocked, because
+charon's sockets have policies of their own.
 
 A block is there already when an SA is only prepared, because from then on the gateway that has it may send
 its packets here. If the SA is not taken in the end, that gateway is told so after the SA's policies were
@@ -22,8 +23,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from typing import Any
 
 from ikectx.engine.ports import Store
@@ -35,7 +37,7 @@ from vici_bridge.kernel.kernel import Kernel
 from vici_bridge.kernel.xfrm import KernelPolicy
 from vici_bridge.kernel.xfrm_parts import Network
 
-from .departures import bare_blocks, block_of, within
+from .departures import bare_blocks, block_of, detourable, within
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,15 @@ when the SA has ended."""
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block behind the SA `sa` (its name when it came) of the mobile node `mn`."""
+    """A block behind the SA `sa` (its name when it came) of the mobile node `mn`.
+
+    `outer`: the address towards which the policy's device leads; None: the policy names no device.
+    """
 
     sa: SaName
     mn: str
     policy: KernelPolicy
+    outer: Address | None = None
 
     @property
     def key(self) -> str:
@@ -62,7 +68,8 @@ class Block:
 
     def dumps(self) -> bytes:
         """The stored form."""
-        value = {"sa": self.sa.pair, "mn": self.mn, "policy": self.policy.raw.hex()}
+        outer = None if self.outer is None else str(self.outer)
+        value = {"sa": self.sa.pair, "mn": self.mn, "policy": self.policy.raw.hex(), "outer": outer}
         return json.dumps(value).encode()
 
     @classmethod
@@ -71,7 +78,8 @@ class Block:
         with reading(f"the block {key}"):
             found: Any = json.loads(raw)
             policy = KernelPolicy.parse(bytes.fromhex(found["policy"]))
-            return cls(SaName.from_pair(found["sa"]), str(found["mn"]), policy)
+            outer = ip_address(found["outer"]) if found.get("outer") else None
+            return cls(SaName.from_pair(found["sa"]), str(found["mn"]), policy, outer)
 
     def to_json(self) -> dict[str, object]:
         """For operators, as plain JSON values."""
@@ -82,12 +90,14 @@ class Block:
 class Behind:
     """All these blocks at one gateway; those in the store are there after `load`.
 
-    `kernel` is None if ESP is in user space.
+    `kernel` is None if ESP is in user space. `device_now`: the index of the device towards an address now, 0:
+    there is none.
     """
 
-    def __init__(self, store: Store, kernel: Kernel | None) -> None:
+    def __init__(self, store: Store, kernel: Kernel | None, device_now: Callable[[str], int]) -> None:
         self._store = store
         self._kernel = kernel
+        self._device_now = device_now
         self.keeps = False
         """Are blocks left in the kernel that the store does not have?"""
         self._blocks: dict[str, Block] = {}
@@ -106,22 +116,24 @@ class Behind:
         """All blocks."""
         return list(self._blocks.values())
 
-    def stand(self, context: IkeContext, reqids: Collection[int], device: int = 0) -> None:
+    def stand(
+        self, context: IkeContext, reqids: Collection[int], device: int = 0, outer: Address | None = None
+    ) -> None:
         """The SA came, with policies of these reqids: put blocks behind them. Idempotent; failures are
         logged.
 
         It raises nothing, because the SA serves already. `device`: drop only packets that would leave by the
-        device of that index; 0: all of them.
+        device of that index, which leads towards `outer`; 0: all of them.
         """
         if self._kernel is None:
             return
         try:
             for policy in self._kernel.policies_about(reqids):
-                if policy.direction == "out" and not _too_wide(policy, context.remote.address):
+                if policy.direction == "out" and not _too_wide(policy, context):
                     block = block_of(policy)
                     block = replace(block, selector=replace(block.selector, user=BEHIND, ifindex=device))
                     for one in (block, *bare_blocks(block, context, device)):
-                        self._stand(Block(context.spis, str(context.remote_id), one))
+                        self._stand(Block(context.spis, str(context.remote_id), one, outer))
         except (KernelError, StoreError, WireError) as error:
             log.error(
                 "packets for %s may leave in the clear when its SA ends here: %s", context.remote_id, error
@@ -154,6 +166,7 @@ class Behind:
         """Put into the kernel what the store has, and remove the rest. Failures are logged."""
         if self._kernel is None:
             return
+        self.look_again()
         try:
             wanted = {block.policy.raw for block in self._blocks.values()}
             for policy in () if self.keeps else self._kernel.dump_policies():
@@ -163,6 +176,18 @@ class Behind:
                 self._kernel.replace_policy(block.policy)
         except KernelError as error:
             log.error("packets for mobile nodes may leave in the clear when their SAs end: %s", error)
+
+    def look_again(self) -> None:
+        """Devices changed: have each block that names one name the present one. Failures are logged."""
+        for block in [block for block in self._blocks.values() if block.outer is not None]:
+            try:
+                device = self._device_now(str(block.outer))
+                selector = replace(block.policy.selector, ifindex=device)
+                if device and selector != block.policy.selector:
+                    self._stand(replace(block, policy=replace(block.policy, selector=selector)))
+                    self._remove(block)
+            except (KernelError, StoreError) as error:
+                log.error("packets for %s may leave in the clear when its SA ends here: %s", block.mn, error)
 
     def _stand(self, block: Block) -> None:
         """Install the block in place of narrower ones for the same packets, unless a wider one is there."""
@@ -203,11 +228,14 @@ class Behind:
             del self._to[network]
 
 
-def _too_wide(policy: KernelPolicy, outer: Address) -> bool:
-    """Whether it would drop more than the SA's packets: all packets, or all for the outer address."""
+def _too_wide(policy: KernelPolicy, context: IkeContext) -> bool:
+    """Whether it would drop more than the SA's packets: all packets, or all for an outer address that others
+    have as well."""
     if policy.mark is not None or policy.if_id:
         return False
-    return not policy.destination.prefixlen or outer in policy.destination
+    if context.remote.address not in policy.destination:
+        return not policy.destination.prefixlen
+    return not policy.destination.prefixlen or str(policy.destination) not in detourable(context)
 
 
 def _but_for_device(policy: KernelPolicy) -> KernelPolicy:

@@ -26,6 +26,9 @@ from vici_bridge.vici.views import COND_NAT_THERE, prefixes
 OURS = int.from_bytes(b"IKEX")
 """The `user` of our policies' selectors. Linux compares it (two policies that differ in nothing else stand
 side by side) and matches no packet by it (net/xfrm/xfrm_policy.c: selector_cmp, xfrm_selector_match)."""
+SENT = int.from_bytes(b"IKEA")
+"""The same of policies that let packets leave: with one `user`, one of these would take the place of the
+block for packets without a mark, which names a device as well."""
 BLOCK_PRIORITY = 0xFFFFFFFF
 """The least important priority: any policy that charon installs for the same packets precedes it."""
 ALLOW_PRIORITY = BLOCK_PRIORITY - 1
@@ -167,6 +170,12 @@ class Departure:
     def inside(self) -> set[Network]:
         """The networks from which packets to the mobile node were protected."""
         return {block.source for block in self.blocks}
+
+    @property
+    def outer(self) -> Address | None:
+        """The mobile node's outer address when it left; None: no policy names it."""
+        ends = (template.destination for policy in self.policies for template in policy.templates)
+        return next((end for end in ends if not end.is_unspecified), None)
 
     @property
     def names(self) -> frozenset[str]:
@@ -356,7 +365,7 @@ def bare_blocks(block: KernelPolicy, context: IkeContext, device: int) -> list[K
 
 def allow_of(block: KernelPolicy, device: int) -> KernelPolicy:
     """The policy that lets packets that `block` drops leave by the device of that index."""
-    selector = replace(block.selector, ifindex=device)
+    selector = replace(block.selector, ifindex=device, user=SENT)
     return replace(block, selector=selector, action=ALLOW, priority=ALLOW_PRIORITY)
 
 

@@ -146,6 +146,11 @@ class Origins:
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         mn, since = str(context.remote_id), self._wall()
         row = Origin(peer, context.spis, context.epoch + 1, now, mn, tuple(remote), since, relay=relay)
+        for old in [old for old in self._rows.values() if old.place is Place.ENDED]:
+            # the peer has served these addresses since, and so has forgotten that it gave the SA before
+            same = (old.peer, old.mn, old.prefixes) == (peer, mn, row.prefixes)
+            if same or since - old.since > _REMEMBERED:
+                self._forget(old, soon=True)
         self._keep(row, soon=True)
 
     def serves(self, context: IkeContext, now: SaName) -> None:

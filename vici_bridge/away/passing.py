@@ -95,14 +95,13 @@ class Passing:
             return
         others = {key} | self._group(before) | self._group(rule)
         old = self._with_alone(others)
-        if before is not None:
-            self._group(before).discard(key)
-        self._rules.pop(key, None)
-        if rule is not None:
-            self._rules[key] = rule
-            self._enter(key, rule)
-        if self._nat is not None:
-            self._nat.change(old, self._with_alone(others))
+        self._set(key, rule)
+        try:
+            if self._nat is not None:
+                self._nat.change(old, self._with_alone(others))
+        except KernelError:
+            self._set(key, before)  # whoever tries again must find what is to be changed
+            raise
         if rule is not None:
             self._promised.pop(key, None)
             self.began()
@@ -145,6 +144,12 @@ class Passing:
     def port(self) -> int:
         """See `NatRelay.port`; 0: this host cannot pass packets on."""
         return 0 if self._nat is None else self._nat.port
+
+    def _set(self, key: str, rule: NatRule | None) -> None:
+        self._group(self._rules.pop(key, None)).discard(key)
+        if rule is not None:
+            self._rules[key] = rule
+            self._enter(key, rule)
 
     def _enter(self, key: str, rule: NatRule) -> None:
         if rule.plain:

@@ -19,7 +19,7 @@ from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.vici_bridge.vici.test_views import context, selector
 from vici_bridge.away import passing as relays
 from vici_bridge.away.absences import GUESTS, KIND, Away
-from vici_bridge.away.departures import OURS, News, Stage
+from vici_bridge.away.departures import OURS, SENT, News, Stage
 from vici_bridge.away.pairs import pairs_of
 from vici_bridge.away.passing import rule_for
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, Selector, Template
@@ -190,7 +190,7 @@ def test_packets_go_to_where_the_sa_is_and_nowhere_else() -> None:
     assert gateway.packet() == "protected"
     assert gateway.away.listing() == []
     assert gateway.routes.leads == {}
-    assert [one for one in gateway.kernel.policies.values() if one.selector.user == OURS] == []
+    assert [one for one in gateway.kernel.policies.values() if one.selector.user in (OURS, SENT)] == []
 
 
 def test_the_way_to_a_gateway_is_asked_for_once_for_all_that_leave() -> None:

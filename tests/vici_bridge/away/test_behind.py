@@ -152,7 +152,7 @@ def test_with_esp_in_user_space_nothing_stands() -> None:
 
 
 def test_the_store_and_the_kernel_hold_the_same(gateway: Gateway) -> None:
-    again = Behind(gateway.store, None)
+    again = Behind(gateway.store, None, lambda to: OUT)
     again.load()
     assert again.listing() == gateway.away.behind.listing()
 

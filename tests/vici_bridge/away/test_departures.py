@@ -17,6 +17,7 @@ from vici_bridge.away.departures import (
     ALLOW_PRIORITY,
     BLOCK_PRIORITY,
     OURS,
+    SENT,
     STAGES,
     Departure,
     News,
@@ -68,7 +69,9 @@ def test_a_block_matches_what_the_policy_did_and_is_another_for_charon() -> None
     assert BLOCKING.extra == ((8, b"label"),), "only a security label says which packets it matches"
     allowing = allow_of(BLOCKING, 4)
     assert (allowing.action, allowing.priority) == (ALLOW, ALLOW_PRIORITY)
-    assert allowing.selector == replace(BLOCKING.selector, ifindex=4)
+    assert allowing.selector == replace(BLOCKING.selector, ifindex=4, user=SENT), (
+        "it takes no place of a block"
+    )
 
 
 @pytest.mark.parametrize(("mark", "if_id"), [(Mark(42, 0xFF), 0), (None, 42)])

@@ -436,3 +436,29 @@ def test_what_charon_tells_of_an_sa_that_it_is_about_to_drop_ends_no_departure()
     follow.heed(Updated(here.spis))
     del record.sas[here.spis]
     assert gateway.packet() == "sent on to 10.3.0.3"
+
+
+def test_what_a_peer_gives_again_and_again_is_remembered_once() -> None:
+    """A mobile node that connects to the same gateway each day, and is given to this one each day."""
+    store, now = MemoryStore(), [1e9]
+    origins = Origins(store, wall=lambda: now[0])
+    told: list[What] = []
+    origins.tell = lambda peer, news: told.append(news.what)
+    here = context()
+    for day in range(40):
+        now[0] += 86401.0
+        name = SaName(day.to_bytes(8), b"abcdefgh")
+        one = replace(here, generations=(replace(here.current, spi_i=name.spi_i, spi_r=name.spi_r),))
+        origins.came(one, "a", one.spis)
+        origins.serves(one, one.spis)
+        origins.gone(one.spis, lambda row: None)
+    assert len(store.items("origin")) == 1
+    told.clear()
+    origins.appeared(here.spis, str(here.remote_id), lambda wanted: True)
+    assert told == [What.HERE]
+    origins.gone(here.spis, lambda row: None)
+    origins.came(replace(here, remote_id=replace(here.remote_id, data=b"another")), "b", here.spis)
+    assert len(store.items("origin")) == 2, "the other one has just ended"
+    now[0] += 86401.0
+    origins.came(replace(here, remote_id=replace(here.remote_id, data=b"a third")), "b", here.spis)
+    assert len(store.items("origin")) == 1, "what ended more than a day ago is forgotten"
