@@ -230,7 +230,7 @@ class MobileAgent:
         await self._spis.close()
         if self._held is not None:
             self._held.close()
-        await self.handovers.cancel()
+        await self.handovers.close()
         for work in list(self._work):
             work.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)

@@ -370,9 +370,10 @@ class _Run:
                     return handover.outcome
                 await self._sleep(handover.next_timer())
         finally:
+            self._close()
             if moving is not None:
                 moving.cancel()
-            self._close()
+                await asyncio.wait({moving})  # what it has begun is taken back before anything else begins
 
     async def _sleep(self, due: float | None) -> None:
         try:

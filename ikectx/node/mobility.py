@@ -315,7 +315,8 @@ class Handover(Talker[MobileState, MobileInput, Never, HandoverEvent]):
         self.ignored = 0
         """Datagrams that were no answer to this handover: forged, damaged, late, from elsewhere."""
         self._key = token_key(generation, sequence)
-        self._unix = unix
+        self.unix = unix
+        """May be set again: the clock of `now` stands still while the host sleeps."""
         self._care_of = care_of
         limits = limits or Limits()
         self._retry = limits.retry
@@ -463,7 +464,7 @@ class Handover(Talker[MobileState, MobileInput, Never, HandoverEvent]):
             spis=self.spis,
             psg=self.psg.name,
             nsg=self.nsg.name,
-            expiry=int(self._unix + now) + self._lifetime,
+            expiry=int(self.unix + now) + self._lifetime,
             care_of=care_of,
             blocks=_LEAVING if self.leaves and purpose is Purpose.ANNOUNCE else (),
             expects=self.expects,

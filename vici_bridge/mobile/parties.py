@@ -39,8 +39,37 @@ class Outside(Protocol):
     def nudge(self, remote: Address) -> None: ...
 
 
-async def router_of(gateway: GatewayEntry, version: int) -> Router:
-    """The gateway for CXTP, preferably by that IP version. Errors: LinkError for an unknown name."""
+class Routers:
+    """The gateways for CXTP. Names are kept, because at a new place the name server may be out of reach, as
+    one behind the tunnel is, or take seconds to say nothing."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], Router] = {}
+
+    async def of(self, gateway: GatewayEntry, version: int) -> Router:
+        """The gateway, preferably by that IP version, as it is known. Errors: LinkError for an unknown
+        name."""
+        return self._known.get((gateway.name, version)) or await self.anew(gateway, version)
+
+    async def anew(self, gateway: GatewayEntry, version: int) -> Router:
+        """The same after its name was looked up again; what was known if that fails. Errors: as of `of`."""
+        try:
+            found = self._known[gateway.name, version] = await _looked_up(gateway, version)
+        except LinkError:
+            if (known := self._known.get((gateway.name, version))) is not None:
+                return known
+            raise
+        return found
+
+
+def router_unasked(gateway: GatewayEntry, version: int) -> Router:
+    """A gateway that is only named in messages to another one."""
+    address = gateway.address(version) or gateway.addresses[0]
+    return Router(gateway.name, address, Endpoint(address, gateway.ask(version).port))
+
+
+async def _looked_up(gateway: GatewayEntry, version: int) -> Router:
+    """Errors: LinkError for an unknown name."""
     where = gateway.ask(version)
     address = gateway.address(version) or gateway.addresses[0]
     try:

@@ -84,6 +84,11 @@ class MobileReport:
         if outcome.in_doubt:
             self.hint += f". Ask again ({again}), or connect anew if nobody answers"
 
+    def broken(self, error: IkectxError) -> None:
+        """The handover has ended with that error."""
+        self.result, self.exit_code = "failed", error.exit_code
+        self.detail, self.hint = str(error), error.hint
+
     def ended(self, told: str) -> None:
         """The SA was ended here during the handover. `told`: the gateway that has deleted it; empty: none."""
         self.result, self.serves, self.new = "failed", None, None

@@ -60,6 +60,8 @@ log = logging.getLogger("ikectx")
 
 IN_TIME = 6.0
 """Seconds within which the request must be sent: less than a gateway waits that knows of this agent."""
+REPEATED = 50.0
+"""Seconds in which the gateway certainly repeats its answer (it does for 60)."""
 SETTLE = 0.2
 """Seconds from a change of the SAs until the sockets that listen are changed, too."""
 
@@ -68,8 +70,8 @@ class SpiWatch:
     """Receives gateways' requests, for each of charon's SAs, from `start` to `close`.
 
     `lock`: held while an SA is passive. `farewells`: deletes at gateways an SA that is ended here meanwhile.
-    `allowed` False: no SPI is ever changed. `held`: requests from other places than the SA's gateway's, which
-    charon has not had yet.
+    `allowed` False: no SPI is ever changed; invitations are heard all the same. `held`: requests from other
+    places than the SA's gateway's, which charon has not had yet.
     """
 
     def __init__(
@@ -108,13 +110,12 @@ class SpiWatch:
     def start(self) -> None:
         """Begin to listen, now and whenever `changed` is called."""
         self._started = True
-        if self._allowed:
-            self._look()
+        self._look()
 
     def changed(self, change: RecordChange | None = None) -> None:
         """SAs or addresses may have changed."""
         del change
-        if self._soon is None and self._allowed and self._started:
+        if self._soon is None and self._started:
             self._look_in(SETTLE)
 
     def _look_in(self, seconds: float) -> None:
@@ -199,7 +200,7 @@ class SpiWatch:
                 self._held.end(held)
         if event.invitation and self.invited is not None:
             self._spawn(self._follow(sa, event))
-        elif event.pairs:
+        elif event.pairs and self._allowed:
             self._spawn(self._ask_back(sa, event, asyncio.get_running_loop().time()))
         elif event.reasons:
             names = ", ".join(sorted({reason.name for reason in event.reasons}))
@@ -261,7 +262,7 @@ class SpiWatch:
                     return
                 # if the SPIs come without the address, it has asked from there, too
                 note = await self._note(sa, event.source, mirrored(event.pairs))
-                await self._say(sa, note)
+                await self._say_until_told(sa, note)
             finally:
                 try:
                     await self._mobile.loud(sa)
@@ -312,6 +313,19 @@ class SpiWatch:
         found = [one for tree in trees for one in tree.values()]
         found = [one for one in found if (one.get("initiator-spi"), one.get("responder-spi")) == name]
         return any(one.get("tasks-active") for one in found)
+
+    async def _say_until_told(self, sa: SaName, note: Mirror) -> None:
+        """`_say`, again while charon cannot be asked: what the gateway has agreed to must not be forgotten.
+        Errors: IkectxError."""
+        end = asyncio.get_running_loop().time() + REPEATED
+        while True:
+            try:
+                return await self._say(sa, note)
+            except CharonError as error:
+                if asyncio.get_running_loop().time() + AGAIN > end:
+                    raise
+                log.warning("%s and its new SPIs: %s; trying again", note.remote, error)
+            await asyncio.sleep(AGAIN)
 
     async def _say(self, sa: SaName, note: Mirror) -> None:
         """Send the request, and apply the answer. The SA is passive, also at the end. Errors: IkectxError."""
@@ -413,7 +427,7 @@ class SpiWatch:
             try:
                 if view is not None and view.state == "PASSIVE":
                     async with self._lock:
-                        await self._say(sa, Mirror.loads(row.facts.mirror))
+                        await self._say_until_told(sa, Mirror.loads(row.facts.mirror))
                 else:
                     self._host.own.note(sa, mirror=b"")
             except IkectxError as error:

@@ -18,7 +18,7 @@ from ikectx.wire.cxtp import ContextDataBlock
 from ikectx.wire.spis import AH, ESP, IKE, NewSpi, serialize_new_spis
 from tests.asking_node import World as HandoverWorld
 from tests.mobile_world import NEW, NSG, a_node_context, do
-from vici_bridge.mobile import handover as mobile_handover
+from vici_bridge.mobile import steps
 
 CONTEXT = a_node_context(children=2)
 FIRST, SECOND = CONTEXT.children
@@ -136,7 +136,7 @@ def test_a_handover_that_ends_by_ike(answers: bool) -> None:
             return HandoverOutcome(MobileState.SILENT, in_doubt=True)
 
         monkeypatch = pytest.MonkeyPatch()
-        monkeypatch.setattr(mobile_handover, "AFTER_IKE", 0.01)
+        monkeypatch.setattr(steps, "AFTER_IKE", 0.01)
         w.handovers.answering = answering
         w.handovers._run = silent
         report = await w.arrive()

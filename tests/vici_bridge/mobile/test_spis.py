@@ -195,6 +195,34 @@ def test_an_exchange_of_charons_in_flight_gives_its_message_id(monkeypatch: pyte
     do(scenario())
 
 
+@pytest.mark.parametrize("calls", [1, 3, 6])
+def test_what_was_agreed_while_charon_does_not_answer(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """The gateway has the new SPIs, so this node must not go on with the old ones."""
+
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        view, run, left = w.node.host.view, w._run, [0]
+
+        async def away(sa: Any) -> Any:
+            if left[0] > 0:
+                left[0] -= 1
+                raise CharonError("charon did not answer in time")
+            return await view(sa)
+
+        async def agreed(machine: SpiUpdate, *, mark: int) -> SpiReport:
+            if not w.said:
+                left[0] = calls
+            return await run(machine, mark=mark)
+
+        monkeypatch.setattr(w.node.host, "view", away)
+        monkeypatch.setattr(mobile_spis, "run_spi_update", agreed)
+        await w.asked()
+        assert len({str(sent) for _, sent in w.said}) == 1, "the same request, octet for octet"
+        w.settled(SAME[1], OTHERS)
+
+    do(scenario())
+
+
 @pytest.mark.parametrize("outcome", [None, RenameRefused((Reason.BUSY,))])
 def test_a_gateway_that_does_not_agree(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:
     async def scenario() -> None:
@@ -617,19 +645,31 @@ def test_names_that_are_asked_for_before_the_address(monkeypatch: pytest.MonkeyP
     do(scenario())
 
 
-def test_policy() -> None:
+def test_no_spi_is_changed_if_that_is_not_allowed_but_an_invitation_is_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert parse(CONFIG, Path("mobile.toml")).node.settings.update_spi
     off = parse(CONFIG.replace("[mobile]\n", "[mobile]\nupdate_spi = false\n"), Path("mobile.toml"))
     assert not off.node.settings.update_spi
 
     async def scenario() -> None:
-        node = Node(CONTEXT)
-        watch = SpiWatch(node.host, node.mobile, asyncio.Lock(), allowed=False)
-        watch.start()
-        watch.changed()
+        w, went = Watched(monkeypatch), list[Any]()
+
+        async def invited(*where: Any) -> None:
+            went.append(where)
+
+        w.watch = SpiWatch(w.node.host, w.node.mobile, w.lock, allowed=False)
+        w.watch.invited = invited
+        await w.asked()
+        assert w.said == []
+        w.watch._asked(w.node.sa, Asked(NSG, True, (), message_id=4, invitation="nsg"))
+        await asyncio.gather(*w.watch._work)
+        assert went == [("nsg", w.node.sa)]
+        monkeypatch.setattr(mobile_spis, "serving", served(Requests))
+        w.watch.start()
         await asyncio.sleep(1)
-        assert watch.watched == 0
-        await watch.close()
+        assert w.watch.watched == 1
+        await w.watch.close()
 
     do(scenario())
 
