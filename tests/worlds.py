@@ -13,6 +13,7 @@ from typing import Any
 
 from ikectx.driver import GatewayHooks
 from ikectx.engine.core import Engine
+from ikectx.engine.journal import JournalHas
 from ikectx.engine.journaled import MobileConfig, TransferPolicy
 from ikectx.engine.report import TransferEvent, TransferReport
 from ikectx.gateway import Gateway
@@ -54,13 +55,14 @@ class Side:
         self.fuse = Fuse()
         self.agent: Gateway
         self.store: CountedStore
+        self.has: JournalHas = "whole"
 
     async def start(self, at: int = 0) -> None:
         """A new agent; with `at` it dies at that moment."""
         self.fuse = Fuse(at, lambda: self.world.network.kill(self.name))
         self.daemon.fuse = self.fuse
         self.store = CountedStore(self.world.folder / f"{self.name}.db", KEY)
-        self.store.fuse = self.fuse
+        self.store.fuse, self.store.has = self.fuse, self.has
         peers = [
             PeerConfig(
                 name,

@@ -36,7 +36,7 @@ from ikectx.wire.whereabouts import Whereabouts, is_notice
 
 from .arrivals import Arrivals
 from .grants import Grants, UsedTokens
-from .inbox import Inboxes, Mail
+from .inbox import Inboxes
 from .journal import JournalEntry
 from .journaled import EngineConfig, Parts
 from .lines import Line, Lines
@@ -349,7 +349,10 @@ class Engine:
     def link_lost(self, now: Moment, link: int, error: LinkError) -> None:
         """That link is closed, for this reason; harmless where the engine knows."""
         self._at(now)
+        line = self._lines.find(link)
         self._lines.lost(link, error)
+        if line is not None:
+            self._inboxes.forget(line)
         self._scheduler.run()
 
     def receive(self, now: Moment, link: int, message: Message) -> None:
@@ -363,7 +366,7 @@ class Engine:
 
     def _receive(self, line: Line, message: Message) -> None:
         if isinstance(message, Pctd | Ctd) and not (isinstance(message, Ctd) and is_notice(message)):
-            self._inboxes.inbox(line.peer, message.mn).post(Mail(line, message))
+            self._inboxes.receive(line, message)
             return
         if isinstance(message, Ctd):
             self._scheduler.spawn(self._notices.arrived(line, message), f"a notice of {line.peer.name}")

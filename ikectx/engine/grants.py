@@ -99,8 +99,10 @@ def _token_name(sa: SaName, sequence: int, purpose: int) -> str:
 class _Served:
     """One CT-Req: it is being handled, or has ended."""
 
-    def __init__(self, mn: Address) -> None:
+    def __init__(self, mn: Address, line: Line) -> None:
         self.mn = mn
+        self.line = line
+        """The one over which it was asked last."""
         self.process: Process | None = None
         self.open = True
         self.moved = False
@@ -185,6 +187,7 @@ class Grants:
         served = asker.served.get(key)
         if served is not None and (served.open or served.moved):
             log.info("%s asks again for the SA of %s", line.label, message.mn)
+            served.line = line
             return
         if served is not None and served.final is not None:
             self._refuse(line, message, served.final)
@@ -193,10 +196,10 @@ class Grants:
             self._turn_away(line, message, BusyError(f"{UNDER_WAY} requests of it are under way"))
             return
         if served is None:
-            served = asker.served[key] = _Served(message.mn)
+            served = asker.served[key] = _Served(message.mn, line)
             asker.forget()
-        served.open = True
-        work = self._serve(served, line, message)
+        served.open, served.line = True, line
+        work = self._serve(served, message)
         served.process = self._parts.scheduler.spawn(
             work, f"request of {line.peer.name}", ended=lambda *_: asker.ended(key)
         )
@@ -211,25 +214,40 @@ class Grants:
         log.warning("%s is turned away, it asked for the SA of %s: %s", line.label, message.mn, error)
         self._refuse(line, message, error.status)
 
-    def _serve(self, served: _Served, line: Line, message: CtReq) -> Steps[None]:
+    def _serve(self, served: _Served, message: CtReq) -> Steps[None]:
         status: Status | None = Status.FAILED
+        peer = served.line.peer.name
         try:
-            status = yield from self._grant(line, message)
+            status = yield from self._grant_again(served, message)
             served.moved = status is Status.OK
         except (BusyError, LinkError) as error:
             status = error.status
-            log.info("%s asked for the SA of %s: %s", line.label, message.mn, error)
+            log.info("%s asked for the SA of %s: %s", peer, message.mn, error)
         except (UnknownSaError, RefusedError, WireError) as error:
             status = error.status
             served.final = None if status in _SAID_OF_ANYTHING else status
-            log.warning("%s asked for the SA of %s: %s", line.label, message.mn, error)
+            log.warning("%s asked for the SA of %s: %s", served.line.label, message.mn, error)
         except IkectxError as error:
             status = error.status
-            log.error("%s asked for the SA of %s: %s", line.label, message.mn, error)
+            log.error("%s asked for the SA of %s: %s", peer, message.mn, error)
         finally:
             served.open = False
         if status is not None and status is not Status.OK:
-            self._refuse(line, message, status)
+            self._refuse(served.line, message, status)
+
+    def _grant_again(self, served: _Served, message: CtReq) -> Steps[Status | None]:
+        """As `_grant`; once more for each further connection over which the peer asks, because what went over
+        a lost one was lost with it."""
+        while True:
+            line, lost = served.line, None
+            try:
+                status = yield from self._grant(line, message)
+            except LinkError as error:
+                status, lost = error.status, error
+            if status is Status.OK or served.line is line or line.error is None:
+                if lost is not None:
+                    raise lost
+                return status
 
     def _refuse(self, line: Line, message: CtReq, status: Status) -> None:
         try:
@@ -311,10 +329,14 @@ class Grants:
                 run.count(size(message))
                 run.signals.post(SourceInput.REQUESTED)
                 yield Opened(run.over)
-                return _ended(run.report(), run.told)
-            # whether the peer has what was announced is not certain: all of it, anew
-            run.signals.post(SourceInput.CANCEL)
-            yield Opened(run.over)
+                ended = run.report()
+                # a CTC names an address, and so ends what was announced of all mobile nodes behind a NAT
+                if not (run.told and ended.status is Status.UNKNOWN_TRANSFER):
+                    return _ended(ended, run.told)
+            else:
+                # whether the peer has what was announced is not certain: all of it, anew
+                run.signals.post(SourceInput.CANCEL)
+                yield Opened(run.over)
         run = self._outgoing(line, sa, message, away=said is not None and said.expects is not None)
         return (yield from self._whole(run, proven, lambda context: allowed(context, run)))
 

@@ -7,7 +7,7 @@ to bound (`outputs.Handled`).
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -26,7 +26,7 @@ from ikectx.wire.reasons import refusals
 from .effects import Check, Epochs, FindEpochs, FindTransfer, OwnedFrom
 from .hints import advice
 from .journal import JournalEntry
-from .journaled import Parts
+from .journaled import ENDS_LATE, Parts
 from .lines import Line
 from .new_gateway import Dropped, Incoming, answer, doubt, refusal
 from .procedures import Event, Process, Steps, log
@@ -150,7 +150,7 @@ class Inbox:
                 yield from self._arrived(item)
 
     def _resume(self, entry: JournalEntry) -> Steps[None]:
-        run = Incoming.resumed(self._parts, entry)
+        run = self.runs[entry.transfer_id] = Incoming.resumed(self._parts, entry)
         if self._parts.config.journal == "old" and run.context is not None:
             found = yield from doubt(final_of(run.context), run.mn, entry.mn)
             if found.serves:
@@ -167,7 +167,6 @@ class Inbox:
                 run.blame(RefusedError(found.words, status=Status.IN_DOUBT))
         if run.machine.state not in TARGET_OWNS:
             run.blame(RefusedError("the agent was restarted", status=Status.UNKNOWN_TRANSFER))
-        self.runs[entry.transfer_id] = run
         if (yield from run.superseded()):
             # what could be moved on from here was served here, although the journal does not say so yet
             owned = run.machine.state in TARGET_OWNS
@@ -252,17 +251,10 @@ class Inbox:
             yield from run.go(TargetInput.ANNOUNCE if held else TargetInput.PCTD, line)
 
     def _make_way(self, context: IkeContext) -> Steps[None]:
-        """For an offer: what is here of the same SA goes; so does all that the source offered and gave up.
-
-        The source offers one SA at a time, so all of its transfers but those that wait for a mobile node have
-        been given up.
-        """
-
-        def goes(run: Incoming) -> bool:
-            waits = run.header is not None and run.header.address == "mn"
-            return run.stored.sa == context.spis or not waits
-
-        yield from self._drop("the source offered it anew", goes, "offer")
+        """For an offer: what is here of the same SA goes. One of another SA may have been let go already."""
+        yield from self._drop(
+            "the source offered it anew", lambda run: run.stored.sa == context.spis, "offer"
+        )
 
     def _known(self, transfer_id: bytes) -> Steps[Incoming | None]:
         """The transfer of that id, open or in the journal. Errors: StoreError, WireError."""
@@ -275,6 +267,8 @@ class Inbox:
     def _admits(self, context: IkeContext, wanted: bool, epochs: Epochs) -> tuple[Status, str]:
         """Whether this peer may bring this SA, as far as the configuration tells; with the reason in
         words."""
+        if self._inboxes.stopping:
+            return Status.BUSY, "the agent here stops"
         if not wanted and "push" not in self.peer.rights:
             return Status.NOT_ALLOWED, f"{self.peer.name} has not the right push here"
         why = self.peer.may_not_bring(context)
@@ -324,7 +318,7 @@ class Inbox:
             mn=mn_label(context),
             mn_address=str(message.mn),
             state=str(TargetState.NEW),
-            epoch=context.epoch,
+            epoch=0,  # what the peer says counts once the SA was taken
             started=now,
             updated=now,
             context=Pctd(message.mn, message.blocks).serialize(),
@@ -407,8 +401,11 @@ class Inbox:
         node."""
         entry, mn = run.stored, message.mn
         if entry.peer != self.peer.name or entry.mn_address != str(mn):
-            log.warning("%s names a transfer that is not its own", line.label)
-            answer(line, mn, refusal(Status.UNKNOWN_TRANSFER))
+            log.warning("%s names a transfer that is not its own, but of %s", line.label, entry.peer)
+            # it may be that peer, under another name since, and must not serve what was taken here
+            let_go = run.machine.state in TARGET_OWNS or (not run.ended and entry.final is not None)
+            taken = isinstance(message, Ctd) and let_go
+            answer(line, mn, refusal(Status.IN_DOUBT if taken else Status.UNKNOWN_TRANSFER))
             return
         run.count(size(message))
         if not run.ended and entry.transfer_id not in self.runs and run.machine.state is not TargetState.NEW:
@@ -429,6 +426,10 @@ class Inbox:
         answer(line, message.mn, refusal(Status.MALFORMED))
 
 
+def _offered_over(line: Line, item: object) -> bool:
+    return isinstance(item, Mail) and item.line is line and isinstance(item.message, Pctd)
+
+
 def _unanswered(item: object) -> None:
     """Close the link of an unanswered message, because answers are assigned by order: the next would be
     wrong."""
@@ -447,6 +448,22 @@ class Inboxes:
         self._open: dict[tuple[str, Address], Inbox] = {}
         self._unknown: dict[str, UnknownTransfers] = {}
         self._adopted: set[SaName] = set()
+        self._count: Counter[str] = Counter()
+        """Inboxes by the name of their peer."""
+        self.stopping = False
+
+    def receive(self, line: Line, message: Pctd | Ctd) -> None:
+        """A message for an inbox. A peer may not have offers for more mobile nodes looked at than it may have
+        transfers."""
+        peer = line.peer
+        others = 0 if (peer.name, message.mn) in self._open else self._count[peer.name]
+        if others >= OPEN and isinstance(message, Pctd):
+            answer(line, message.mn, refusal(Status.BUSY, f"{others} offers of it are under way"))
+            line.handled()
+        elif others >= 4 * OPEN:
+            line.close(LinkError(f"it let go of SAs of more than {others} mobile nodes at a time"))
+        else:
+            self.inbox(peer, message.mn).post(Mail(line, message))
 
     def inbox(self, peer: PeerConfig, mn: Address) -> Inbox:
         """The inbox for this peer and mobile node; makes one if there is none."""
@@ -457,6 +474,7 @@ class Inboxes:
             if unknown is None:
                 unknown = self._unknown[peer.name] = UnknownTransfers(self.parts, peer, self._adopted)
             inbox = self._open[key] = Inbox(self, peer, mn, unknown)
+            self._count[peer.name] += 1
             inbox.process = self.parts.scheduler.spawn(
                 self._staff(key, inbox), f"inbox for {peer.name}, {mn}", mailbox=inbox.items
             )
@@ -467,12 +485,16 @@ class Inboxes:
             yield from inbox.work()
         finally:
             del self._open[key]
+            self._count[key[0]] -= 1
 
     def full(self, peer: PeerConfig, octets: int) -> str:
         """Why one more transfer of that peer, with so many octets offered, is too much; empty: it is not."""
         runs = [run for box in self._open.values() if box.peer.name == peer.name for run in box.runs.values()]
         if len(runs) >= OPEN:
             return f"{len(runs)} transfers of {peer.name} are open here"
+        late = sum(process.name == ENDS_LATE for process in self.parts.scheduler.processes)
+        if late >= OPEN:
+            return f"the ends of {late} transfers could not be written down yet"
         held = sum(len(run.stored.context or b"") for run in runs)
         if held + octets > OPEN_OCTETS:
             return f"the open transfers of {peer.name} hold {held} octets here"
@@ -488,8 +510,17 @@ class Inboxes:
 
     def stop(self) -> None:
         """Undo all that is not owned, before the agent stops."""
+        self.stopping = True
         for inbox in self._open.values():
             inbox.post(Drop("the gateway stops"))
+
+    def forget(self, line: Line) -> None:
+        """The line is closed: nobody waits for answers to what was offered over it."""
+        for inbox in self._open.values():
+            if any(_offered_over(line, item) for item in inbox.items):
+                kept = [item for item in inbox.items if not _offered_over(line, item)]
+                inbox.items.clear()
+                inbox.items.extend(kept)
 
     def has(self, transfer_id: bytes) -> bool:
         """True if that transfer is open here."""

@@ -25,6 +25,8 @@ from .procedures import Do, Pause, Scheduler, Steps, log
 from .report import TransferEvent, TransferReport
 from .tables import OSEQ_JUMP
 
+ENDS_LATE = "end of a transfer"
+"""Name of the procedures that write down an end which the disk did not take at once."""
 _State = TypeVar("_State", bound=StrEnum)
 _Input = TypeVar("_Input", bound=StrEnum)
 _Action = TypeVar("_Action", bound=StrEnum)
@@ -210,7 +212,7 @@ class Run(Generic[_State, _Input, _Action]):
                     continue
                 log.error("transfer goes on without its journal: %s", error)
                 if state in self._results:
-                    self.parts.scheduler.spawn(self._write_at_last(state), "end of a transfer")
+                    self.parts.scheduler.spawn(self._write_at_last(state), ENDS_LATE)
             before = self.machine.state
             actions = self.machine.feed(what, self.parts.now)
             if self.machine.state != before and not (self.ended and self.reports):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ikectx.errors import IkectxError, LinkError, WireError
+from ikectx.errors import IkectxError, LinkError, StoreError, WireError
 from ikectx.numbers import Fpt, Status
 from ikectx.peer import PeerConfig
 from ikectx.wire.cxtp import ContextDataBlock, Ctd
@@ -85,26 +85,33 @@ class Notices:
     def _tell_all(self, peer: PeerConfig) -> Steps[None]:
         tries = 0
         try:
-            while news := (yield from self._waiting(peer.name)):
-                message, told = notice(news)
+            while True:
                 try:
-                    with self._parts.scheduler.using(peer.name):
-                        heard = yield from self._ask(peer, message)
-                except LinkError as error:
+                    if not (yield from self._tell_some(peer)):
+                        return
+                    tries = 0
+                except (LinkError, StoreError) as error:
                     level = logging.INFO if tries else logging.WARNING  # once is enough for an operator
                     log.log(level, "%s is not told yet where SAs of its are: %s", peer.name, error)
                     yield Event(self._parts.now + self._parts.timing.wait(tries))
                     tries += 1
-                    continue
-                tries = 0
-                if not heard:
-                    log.warning(
-                        "%s knows no WHEREABOUTS: it may go on sending packets here for SAs that ended",
-                        peer.name,
-                    )
-                yield from self._forget(peer.name, told)
         finally:
             del self._telling[peer.name]
+
+    def _tell_some(self, peer: PeerConfig) -> Steps[bool]:
+        """Tell as much as fits into one message. False: there was nothing. Errors: LinkError, StoreError."""
+        news = yield from self._waiting(peer.name)
+        if not news:
+            return False
+        message, told = notice(news)
+        with self._parts.scheduler.using(peer.name):
+            heard = yield from self._ask(peer, message)
+        if not heard:
+            log.warning(
+                "%s knows no WHEREABOUTS: it may go on sending packets here for SAs that ended", peer.name
+            )
+        yield from self._forget(peer.name, told)
+        return True
 
     def _ask(self, peer: PeerConfig, message: Ctd) -> Steps[bool]:
         """Send one notice. True: it was acknowledged; False: the peer will never do that. Errors: LinkError:

@@ -246,7 +246,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         scheduler.open(self.awaited)
         scheduler.leave(self.turn)
         signal = yield from self._signal(self.machine.next_timer() or 0.0)
-        yield Turn(self.turn)
+        # without it, too, after a while: what another transfer has under way then is undone at the peer
+        yield Turn(self.turn, self.parts.now + self.parts.timing.offer)
         if signal is not None:
             return signal
         late = f"the MN did not arrive at {self.peer.name} in time"
@@ -257,6 +258,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         """Report: at the end, and before it when the caller should not wait any longer."""
         scheduler = self.parts.scheduler
         scheduler.open(self.awaited)
+        scheduler.leave(self.turn, self.signals.process)  # one in doubt may be so for ever
         report = self.report()
         self.tell(report)
         self.settle(report)
@@ -329,6 +331,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             self._settle()
 
     def _lost(self, error: LinkError) -> None:
+        self.parts.scheduler.leave(self.turn, self.signals.process)
         log.warning("transfer %s: let go, but not confirmed yet: %s", self.transfer_id.hex(), error)
 
     def _reconnect(self) -> Steps[SourceInput]:
@@ -343,7 +346,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         except LinkError as error:
             self._lost(error)
             return SourceInput.LINK_LOST
-        return SourceInput.LINK_UP
+        return self.pending() or SourceInput.LINK_UP  # if the operator has decided, the CTD is not sent again
 
     def _send_ctc(self) -> Steps[None]:
         """So that the peer need not wait for its own timer; not more than a courtesy."""
@@ -359,15 +362,17 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     def _signal(self, until: float | None, asked: Question | None = None) -> Steps[SourceInput | None]:
         """The next signal, as `Signals.wait`, which is then why the transfer ends."""
-        signal = yield from self.signals.wait(until, asked)
-        if signal is not None:
-            self._blame_signal(signal)
-        return signal
+        return self._heeded((yield from self.signals.wait(until, asked)))
 
-    def _blame_signal(self, signal: SourceInput) -> None:
-        reason = signalled(signal, self.peer.name, self.decided_by)
+    def pending(self) -> SourceInput | None:
+        """The same of one that came meanwhile."""
+        return self._heeded(self.signals.pending())
+
+    def _heeded(self, signal: SourceInput | None) -> SourceInput | None:
+        reason = None if signal is None else signalled(signal, self.peer.name, self.decided_by)
         if reason is not None:
             self.error, self.told = reason, signal is SourceInput.CTC
+        return signal
 
     def _answer(self, asked: Question) -> Steps[SourceInput]:
         """What comes first: the CTDR, the end of the link, a signal, the machine's timer."""
@@ -463,9 +468,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         except IkectxError as error:
             self.blame(error)
             return SourceInput.FAILED
-        signal = self.signals.pending()
-        if signal is not None:
-            self._blame_signal(signal)
+        if (signal := self.pending()) is not None:
             return signal
         if self.link is None or self.link.error is not None:
             self.blame((self.link and self.link.error) or LinkError("the connection is gone"))

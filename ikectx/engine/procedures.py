@@ -76,9 +76,14 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """It is the procedure's turn for `key`, until it calls `Scheduler.leave`."""
+    """It is the procedure's turn for `key`, until it calls `Scheduler.leave`; True then.
+
+    False: it was not until that time, or, if it `heeds` its mailbox, an event came.
+    """
 
     key: Hashable
+    until: float | None = None
+    heeds: bool = False
 
 
 Wish = Step | Do | Event | Opened | Pause | Turn
@@ -131,6 +136,8 @@ class Process:
         """Go on if an event was waited for and there is one."""
         if isinstance(self.waits, Event) and self.mailbox:
             self._scheduler.wake(self, self.mailbox.popleft())
+        elif isinstance(self.waits, Turn) and self.waits.heeds and self.mailbox:
+            self._scheduler.no_turn(self, self.waits.key)
 
 
 class Scheduler:
@@ -237,11 +244,15 @@ class Scheduler:
                     self._limited(process, until, False)
             case Pause(until):
                 self._limited(process, until, None)
-            case Turn(key):
+            case Turn(key, until, heeds):
                 queue = self.turns.setdefault(key, deque())
                 queue.append(process)
                 if queue[0] is process:
-                    self.wake(process, None)
+                    self.wake(process, True)
+                elif heeds and process.mailbox:
+                    self.no_turn(process, key)
+                elif until is not None:
+                    process.timer = self.call_at(until, lambda: self.no_turn(process, key))
             case step:
                 self._give_out(process, step, b"")
 
@@ -286,10 +297,16 @@ class Scheduler:
             if isinstance(process.waits, Opened) and process.waits.gate is gate:
                 self.wake(process, True)
 
-    def leave(self, key: Hashable) -> None:
-        """The procedure that runs now gives its turn for `key`, if it has it, to the next that waits."""
-        if self.current is not None:
-            self._forget_turn(key, self.current)
+    def leave(self, key: Hashable, of: Process | None = None) -> None:
+        """A procedure, by default the one that runs now, gives its turn for `key`, if it has it, to the next
+        that waits."""
+        if (process := of or self.current) is not None:
+            self._forget_turn(key, process)
+
+    def no_turn(self, process: Process, key: Hashable) -> None:
+        """It does not wait for that turn any longer."""
+        self._forget_turn(key, process)
+        self.wake(process, False)
 
     def _forget_turn(self, key: Hashable, process: Process) -> None:
         queue = self.turns.get(key)
@@ -300,7 +317,7 @@ class Scheduler:
         if not queue:
             del self.turns[key]
         elif had:
-            self.wake(queue[0], None)
+            self.wake(queue[0], True)
 
     @contextmanager
     def using(self, peer: str) -> Iterator[None]:

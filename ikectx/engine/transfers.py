@@ -57,6 +57,8 @@ class Transfers:
         self._parts = parts
         self._invited: dict[SaName, TransferReport | None] = {}
         """SAs whose mobile node was invited to go elsewhere, and how it went there."""
+        self._inviting: dict[SaName, Gate] = {}
+        """The same SAs; the event is set when it has gone, or did not go in time."""
         self._asked_for: dict[SaName, Gate] = {}
         """SAs that an operator, or a peer with the right `pull`, moves; the event is set at the end. They
         keep the SA's turn between two attempts, too."""
@@ -78,7 +80,7 @@ class Transfers:
         """
         patience, last = self._parts.timing.turn, self.moving(sa)
         until = self._parts.now + patience
-        while (over := last.over if last is not None else self._asked_for.get(sa)) is not None:
+        while (over := last.over if last is not None else self._by_command(sa)) is not None:
             if last is not None and last.outcome is not None:
                 raise BusyError(
                     f"that IKE_SA is being moved already: transfer {last.transfer_id.hex()} to "
@@ -94,6 +96,9 @@ class Transfers:
                     hint=f"{last.peer.name} serves it now: ask there to move it on",
                 )
             last = self.moving(sa)
+
+    def _by_command(self, sa: SaName) -> Gate | None:
+        return self._asked_for.get(sa) or self._inviting.get(sa)
 
     def _too_long(self, sa: SaName, patience: float) -> BusyError:
         run = self.moving(sa)
@@ -230,6 +235,7 @@ class Transfers:
         Errors: RefusedError, those of the export.
         """
         why, self._invited[sa] = "its agent did not answer", None
+        over = self._inviting[sa] = Gate()
         try:
             yield from self._tell(sa, peer.name)
             until = self._parts.now + INVITED
@@ -242,7 +248,8 @@ class Transfers:
         except LinkError as error:
             why = str(error)
         finally:
-            del self._invited[sa]
+            del self._invited[sa], self._inviting[sa]
+            self._parts.scheduler.open(over)
         if address == "invite":
             hint = "its agent's log says why: is the gateway in its configuration? Else --address relay"
             raise RefusedError(f"the MN did not go to {peer.name}: {why}", hint=hint)
@@ -275,14 +282,31 @@ class Transfers:
         if run.context is None:
             yield from run.begin()
             return
-        waits = run.turn in self._parts.scheduler.turns
-        yield Turn(turn := run.turn)
+        turn, waits = run.turn, run.turn in self._parts.scheduler.turns
         try:
-            if waits:
+            if (yield from self._its_turn(run)) and waits:
                 yield from run.export()
             yield from run.begin()
         finally:
             self._parts.scheduler.leave(turn)
+
+    def _its_turn(self, run: Outgoing) -> Steps[bool]:
+        """Wait for its turn. False: it did not come in time, or a signal came, as `run.error` says."""
+        patience = self._parts.timing.turn
+        until = self._parts.now + patience
+        while not (yield Turn(run.turn, until, heeds=True)):
+            if run.pending() is not None:
+                return False
+            if self._parts.now >= until:
+                run.blame(
+                    BusyError(
+                        f"another IKE_SA with {run.turn[2]} is on its way to {run.peer.name}, and that did "
+                        f"not end within {patience:g} s",
+                        hint="try again; `ikectx status` shows that transfer",
+                    )
+                )
+                return False
+        return True
 
     # -- by the MN, or by a packet of it -----------------------------------------------------------------
 
@@ -305,12 +329,13 @@ class Transfers:
         except BaseException:
             self._close(run)
             raise
-        self._start(run, self._in_turn(run, run.begin()))
+        self._start(run, self._granted(run))
 
-    def _in_turn(self, run: Outgoing, work: Steps[None]) -> Steps[None]:
-        yield Turn(turn := run.turn)
+    def _granted(self, run: Outgoing) -> Steps[None]:
+        turn = run.turn
         try:
-            yield from work
+            yield from self._its_turn(run)
+            yield from run.begin()
         finally:
             self._parts.scheduler.leave(turn)
 
@@ -318,7 +343,16 @@ class Transfers:
 
     def resume(self, run: Outgoing) -> None:
         """Take up what the journal has open."""
-        self._start(run, self._in_turn(run, self._resume(run)))
+        self._start(run, self._resumed(run))
+
+    def _resumed(self, run: Outgoing) -> Steps[None]:
+        turn = run.turn
+        try:
+            # without it, too, after a while: one that is frozen must not wait for one that is in doubt
+            yield Turn(turn, self._parts.now + self._parts.timing.turn)
+            yield from self._resume(run)
+        finally:
+            self._parts.scheduler.leave(turn)
 
     def _resume(self, run: Outgoing) -> Steps[None]:
         """Go on as the journal says, unless charon and the kernel say that the journal is an old copy."""

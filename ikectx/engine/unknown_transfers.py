@@ -93,15 +93,18 @@ class UnknownTransfers:
         """Answer a CTD whose transfer is not known, or was in doubt before, if the SA is here. False: it is
         not, and nothing was answered.
 
-        If charon certainly serves it, the transfer is written down again as owned, once for each SA, and the
-        other gateway is told so. Else the answer is IN_DOUBT and nothing is written, so that the next copy of
-        the CTD is denied when the operator has ended the SA here; the other gateway then serves it again.
+        If the journal lacks transfers, and charon certainly serves the SA, the transfer is written down again
+        as owned, once for each SA, and the other gateway is told so. Else the answer is IN_DOUBT and nothing
+        is written, so that the next copy of the CTD is denied when the operator has ended the SA here; the
+        other gateway then serves it again.
         """
         if run is not None and not (run.ended and run.status is Status.IN_DOUBT):
             return False
         found = yield from doubt(final, mn, who)
         sa = SaName(final.spi_i, final.spi_r)
-        new = final.epoch <= MAX_EPOCH and sa not in self._adopted
+        lost = self._parts.config.journal != "whole"  # else there was no such transfer
+        # an epoch may be anything that the peer says, and later ones must have room above it
+        new = lost and final.epoch <= MAX_EPOCH // 2 and sa not in self._adopted
         if found.serves and "push" in self._peer.rights and new:
             yield from self._adopt(mn, final, transfer_id, found)
             self._adopted.add(sa)

@@ -404,6 +404,7 @@ async def served_without_store(w: World) -> tuple[SaName, asyncio.Task[TransferR
     sa, moving = await served_unheard(w)
     await w.b.kill()
     (w.folder / "b.db").unlink()
+    w.b.has = "gaps"
     w.network.fate = lambda message: "deliver"
     return sa, moving
 

@@ -157,7 +157,7 @@ def test_b4_a_whole_ctd_that_nobody_asked_for_is_in_doubt_where_charon_has_the_s
 
 def test_b4_an_sa_that_charon_serves_is_written_down_once(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with strangers(tmp_path, "a") as (daemon, gateway, (a,)):
+        async with strangers(tmp_path, "a", has="gaps") as (daemon, gateway, (a,)):
             context = replace(a_context(), epoch=1)
             daemon.served[context.spis] = context
 
@@ -181,7 +181,7 @@ def test_an_sa_is_written_down_as_soon_as_the_disk_allows_it(
         raise StoreError("the disk is full")
 
     async def scenario() -> None:
-        async with strangers(tmp_path, "a", "c") as (daemon, gateway, (a, c)):
+        async with strangers(tmp_path, "a", "c", has="gaps") as (daemon, gateway, (a, c)):
             daemon.served[a_context().spis] = a_context()
             assert first(await c.ask(letting_go(b"87654321", epoch=1 << 40))) is Status.IN_DOUBT
             with monkeypatch.context() as disk:
@@ -224,7 +224,8 @@ def test_only_the_source_lets_go(tmp_path: Path) -> None:
             assert daemon.calls == ["check", "prepare", "take", "move", "activate"]
             # what is owned is nobody's to cancel, and no stranger's to ask about
             await a.send(Ctc(MN))
-            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            # a denial could be to the source itself, under another name since
+            assert first(await c.ask(letting_go(ident))) is Status.IN_DOUBT
             assert a_context().spis in daemon.served
 
     run(scenario())
