@@ -456,14 +456,20 @@ class Inboxes:
         """A message for an inbox. A peer may not have offers for more mobile nodes looked at than it may have
         transfers."""
         peer = line.peer
-        others = 0 if (peer.name, message.mn) in self._open else self._count[peer.name]
+        others = 0 if (peer.name, message.mn) in self._open else self._looked_at(peer.name)
         if others >= OPEN and isinstance(message, Pctd):
-            answer(line, message.mn, refusal(Status.BUSY, f"{others} offers of it are under way"))
+            answer(line, message.mn, refusal(Status.BUSY, f"{others} offers of {peer.name} are looked at"))
             line.handled()
         elif others >= 4 * OPEN:
             line.close(LinkError(f"it let go of SAs of more than {others} mobile nodes at a time"))
         else:
             self.inbox(peer, message.mn).post(Mail(line, message))
+
+    def _looked_at(self, peer: str) -> int:
+        """Mobile nodes of whom that peer has sent something, and no transfer is open yet; 0: few."""
+        if self._count[peer] < OPEN:
+            return 0
+        return sum(name == peer and not box.runs for (name, _), box in self._open.items())
 
     def inbox(self, peer: PeerConfig, mn: Address) -> Inbox:
         """The inbox for this peer and mobile node; makes one if there is none."""
