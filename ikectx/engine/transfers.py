@@ -284,15 +284,16 @@ class Transfers:
             return
         turn, waits = run.turn, run.turn in self._parts.scheduler.turns
         try:
-            if (yield from self._its_turn(run)) and waits:
+            # those of one NAT take turns in a drain; one in doubt has given its turn to others
+            if (yield from self._its_turn(run, self._parts.timing.in_doubt)) and waits:
                 yield from run.export()
             yield from run.begin()
         finally:
             self._parts.scheduler.leave(turn)
 
-    def _its_turn(self, run: Outgoing) -> Steps[bool]:
-        """Wait for its turn. False: it did not come in time, or a signal came, as `run.error` says."""
-        patience = self._parts.timing.turn
+    def _its_turn(self, run: Outgoing, patience: float) -> Steps[bool]:
+        """Wait for its turn. False: it did not come within so many seconds, or a signal came, as `run.error`
+        says."""
         until = self._parts.now + patience
         while not (yield Turn(run.turn, until, heeds=True)):
             if run.pending() is not None:
@@ -334,7 +335,7 @@ class Transfers:
     def _granted(self, run: Outgoing) -> Steps[None]:
         turn = run.turn
         try:
-            yield from self._its_turn(run)
+            yield from self._its_turn(run, self._parts.timing.turn)
             yield from run.begin()
         finally:
             self._parts.scheduler.leave(turn)

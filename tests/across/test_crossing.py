@@ -67,7 +67,8 @@ def test_who_waits_for_its_turn_can_be_cancelled() -> None:
             (ident,) = [r.transfer_id.hex() for r in w.a.engine.transfers.open.values() if r.sa == two]
             assert w.a.agent.cancel(ident)
             assert (await waiting).result == "kept"
-            assert (await w.a.agent.transfer(two, "b")).status is Status.BUSY
+            mn = MobileNode(a_context(2))
+            assert mn.says(await w.b.agent.ctar(*mn.arrive())) is None
             gate.set()
             await slow
 
