@@ -178,7 +178,7 @@ class Driver:
         self._closed = self._ended = False
         self._erasing: asyncio.TimerHandle | None = None
         self._syncs = syncs.Syncs(store)
-        self._safely: Together[None, None] = Together(self._on_disk)
+        self._safely: Together[bool, bool] = Together(self._on_disk)
         self._quiet = asyncio.Event()
 
     @property
@@ -412,7 +412,7 @@ class Driver:
             return [outcome for output in writes for outcome in self._written([output])]
         return [None] * len(writes)
 
-    async def _on_disk(self, prepared: Sequence[None]) -> Sequence[None]:
+    async def _on_disk(self, prepared: Sequence[bool]) -> Sequence[bool]:
         """The other gateway sends packets on to an SA that is prepared here. What blocks them, if this one
         loses its power and with it the SA, is on the disk before, unless that takes longer than `ON_DISK`."""
         with suppress(StoreError, TimeoutError):  # a full disk fails what follows, which undoes the SA
@@ -493,13 +493,14 @@ class Driver:
             case StillHere(final, mn, who):
                 return await sink.still_here(final, mn, who)
             case GetReady(context, keep, leaving):
-                return await sink.ready(context, keep, leaving=leaving)
+                holds = await sink.ready(context, keep, leaving=leaving)
+                return holds and await self._safely.join(True)
             case Prepare(context, keep, answers, relayed_by, _, shown):
                 sink.tell_later(context, answers)
                 sink.relayed(context, relayed_by)
                 sink.shown(context, shown)
                 await sink.prepare(context, keep)
-                await self._safely.join(None)
+                await self._safely.join(True)
                 heard_at = sink.heard_at(context) if relayed_by else None
                 return Prepared(sink.renames(context), sink.cannot_send(context), heard_at)
             case Take(context, final, given_by):

@@ -35,8 +35,10 @@ from ikectx.peer import PeerConfig
 from ikectx.sa.context import Identity, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import Ctd, Ctdr, Pctd
+from ikectx.wire.cxtp import ContextDataBlock, Ctd, Ctdr, Pctd
+from ikectx.wire.tokens import Purpose
 from tests.hand_loop import HandLoop, run
+from tests.mobile_nodes import serve
 from tests.peers import CountedStore, Ether, MemoryGateway, a_context
 from tests.worlds import KEY, World, one_move, until, world
 
@@ -136,6 +138,36 @@ def test_an_sa_that_is_prepared_or_let_go_is_synced_at_once(monkeypatch: pytest.
             assert "released" in synced[1]
             assert "owning" in synced[2], "packets of an SA that was taken over are blocked when it ends"
 
+    run(scenario())
+
+
+def test_what_blocks_packets_is_synced_before_they_are_sent_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mobile node that leaves: its packets are held at the new gateway from the announcement on."""
+    order: list[str] = []
+    sync = SqliteStore.sync
+
+    def note_sync(store: SqliteStore) -> None:
+        sync(store)
+        order.append("synced")
+
+    async def ready(context: IkeContext, keep_address: bool, *, leaving: bool = False) -> bool:
+        order.append("ready")
+        return leaving
+
+    async def scenario() -> None:
+        async with world() as w:
+            mn = serve(w, a_context())
+            leaves = (ContextDataBlock(Fpt.LEAVING, b""),)
+            monkeypatch.setattr(w.b.daemon, "ready", ready)
+            monkeypatch.setattr(SqliteStore, "sync", note_sync)
+            monkeypatch.setattr(w.a.daemon, "divert", lambda *_: noted())
+            assert mn.says(await w.a.agent.ctar(*mn.announce(blocks=leaves)), Purpose.ANNOUNCE) is Status.OK
+            assert order[: order.index("diverted")][-2:] == ["ready", "synced"]
+
+    async def noted() -> None:
+        order.append("diverted")
+
+    monkeypatch.setattr(syncs, "REST", 1e6)
     run(scenario())
 
 
