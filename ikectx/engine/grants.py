@@ -110,6 +110,9 @@ class _Served:
         """The refusal that every copy of the request gets; None: a copy may try again."""
 
 
+_RFC_TOKEN_USED = 90 * 86400.0
+"""Seconds for which it is remembered that a token of RFC 4067 was used. It has no end of its own, but the
+IKE_SA has, or its rekey, by which its tokens get another key."""
 _SAID_OF_ANYTHING = (Status.BUSY, Status.UNKNOWN_SA, Status.NOT_ALLOWED)
 """Refusals that are not remembered for copies, because anybody can cause them."""
 
@@ -312,7 +315,7 @@ class Grants:
             run.away = run.expects is not None
             if run.expects is not None:
                 check_expected(context, run.expects)
-            until = self._parts.scheduler.unix + tokens.MAX_LIFETIME if token is None else token.expiry
+            until = self._parts.scheduler.unix + _RFC_TOKEN_USED if token is None else token.expiry
             yield from self._used.use(
                 sa, message.sequence, Purpose.ARRIVE, until + mobile.skew, run.transfer_id
             )

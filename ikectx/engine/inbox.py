@@ -23,7 +23,7 @@ from ikectx.wire.full_ctd import decode_last, final_of
 from ikectx.wire.profile import TransferHeader, decode
 from ikectx.wire.reasons import refusals
 
-from .effects import Check, Epochs, FindEpochs, FindTransfer, OwnedFrom
+from .effects import Check, Epochs, FindEpochs, FindTransfer, NotComing, OwnedFrom
 from .hints import advice
 from .journal import JournalEntry
 from .journaled import ENDS_LATE, Parts
@@ -55,9 +55,10 @@ class Mail:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """What is held or prepared and not owned is not wanted any more, and why."""
+    """What is held or prepared and not owned is not wanted any more, and why. `run`: only that."""
 
     why: str
+    run: Incoming | None = None
 
 
 Item = Mail | Drop | Request | JournalEntry
@@ -72,8 +73,7 @@ class Inbox:
         self.runs: dict[bytes, Incoming] = {}
         """Open transfers by their transfer ID."""
         self.items: deque[object] = deque()
-        """Messages, arrivals, open transfers of the journal; a text is the reason to drop what is not
-        owned."""
+        """Messages, arrivals, open transfers of the journal, and what is not wanted any more."""
         self.process: Process | None = None
         self._inboxes = inboxes
         self._parts = inboxes.parts
@@ -89,9 +89,9 @@ class Inbox:
         else:
             self.items.append(item)
 
-    def drop(self, why: str) -> None:
-        """What is held or prepared here and not owned is not wanted any more."""
-        self.post(Drop(why))
+    def drop(self, why: str, run: Incoming) -> None:
+        """That transfer, if it is held or prepared here and not owned, is not wanted any more."""
+        self.post(Drop(why, run))
 
     def holds(self, sa: SaName) -> bool:
         """True if a transfer of that SA is open here."""
@@ -142,8 +142,8 @@ class Inbox:
                 yield from self._last(line, message)
             case Mail():
                 yield from self._drop("the source cancelled it", by="source")
-            case Drop(why):
-                yield from self._drop(why)
+            case Drop(why, only):
+                yield from self._drop(why, lambda run: only in (None, run))
             case JournalEntry():
                 yield from self._resume(item)
             case Request():
@@ -307,6 +307,8 @@ class Inbox:
         answer(line, message.mn, verdicts)
         if wanted is not None:
             wanted.checked(context, verdicts)
+        if context.spis not in [run.stored.sa for run in self.runs.values()]:
+            yield NotComing(context)
 
     def _entry(self, message: Pctd | Ctd, context: IkeContext, header: TransferHeader) -> JournalEntry:
         now = self._parts.scheduler.unix
@@ -441,7 +443,7 @@ class Inboxes:
     """All inboxes of a gateway."""
 
     def __init__(self, parts: Parts, requests: Requests, moving: Callable[[SaName], object]) -> None:
-        """`moving`: the outgoing transfer of an SA. `wanted`: the request that an offer answers."""
+        """`moving`: the outgoing transfer of an SA."""
         self.parts = parts
         self.requests = requests
         self._moving = moving

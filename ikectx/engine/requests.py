@@ -97,8 +97,8 @@ class Holder(Protocol):
     def post(self, item: Request) -> None:
         """The mobile node of the transfer that it has is here now."""
 
-    def drop(self, why: str) -> None:
-        """What is held or prepared here and not owned is not wanted any more."""
+    def drop(self, why: str, run: Incoming) -> None:
+        """That transfer, if it is held or prepared here and not owned, is not wanted any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,7 +442,7 @@ class Request:
             return
         if run.machine.state not in (*_WAITING, *_BEFORE):
             return
-        self.inbox.drop(why)
+        self.inbox.drop(why, run)
         self._dropped = run
 
     # -- the report --------------------------------------------------------------------------------------

@@ -57,10 +57,11 @@ class Transfers:
         self._parts = parts
         self._invited: dict[SaName, TransferReport | None] = {}
         """SAs whose mobile node was invited to go elsewhere, and how it went there."""
+        self._stopping = False
         self._inviting: dict[SaName, Gate] = {}
-        """The same SAs; the event is set when it has gone, or did not go in time."""
+        """The same SAs; the gate opens when it has gone, or did not go in time."""
         self._asked_for: dict[SaName, Gate] = {}
-        """SAs that an operator, or a peer with the right `pull`, moves; the event is set at the end. They
+        """SAs that an operator, or a peer with the right `pull`, moves; the gate opens at the end. They
         keep the SA's turn between two attempts, too."""
 
     def moving(self, sa: SaName) -> Outgoing | None:
@@ -143,11 +144,13 @@ class Transfers:
     def cancelled(self, peer: PeerConfig, message: Ctc) -> None:
         """Handle the peer's CTC: it applies to transfers of that mobile node that can still be cancelled."""
         for run in self.open.values():
-            if run.peer.name == peer.name and run.context and run.context.remote.address == message.mn:
+            offered = run.peer.name == peer.name and run.machine.state is not SourceState.NEW
+            if offered and run.context and run.context.remote.address == message.mn:
                 run.signals.post(SourceInput.CTC)
 
     def stop(self) -> None:
-        """Cancel what has not been let go."""
+        """Cancel what has not been let go, and begin nothing new."""
+        self._stopping = True
         for run in self.open.values():
             run.signals.post(SourceInput.CANCEL)
 
@@ -199,6 +202,8 @@ class Transfers:
                 pause = self._parts.timing.busy_backoff * 2 ** (attempt - 1)
                 log.info("a transfer to %s is tried again in %.1f s: %s", peer.name, pause, report.text)
                 yield Pause(self._parts.now + pause)
+                if self._stopping:
+                    return report
         finally:
             del self._asked_for[sa]
             self._parts.scheduler.open(over)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from ikectx.engine.inbox import OPEN
 from ikectx.engine.journal import JournalEntry
+from ikectx.engine.journaled import MobileConfig
 from ikectx.errors import BusyError, LinkError, StoreError
 from ikectx.net.links import WINDOW
 from ikectx.numbers import Status
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import Endpoint
 from ikectx.timing import Timing
-from ikectx.wire.cxtp import Ctd, Pctd
+from ikectx.wire.cxtp import Ctar, Ctd, Pctd, compute_token
 from ikectx.wire.full_ctd import final_of
 from ikectx.wire.profile import TransferHeader, encode, encode_final
-from ikectx.wire.tokens import Purpose
+from ikectx.wire.tokens import Purpose, token_key
 from ikectx.wire.whereabouts import What, Whereabouts
 from tests.across import test_strangers
 from tests.across.test_strangers import Stranger, first, strangers
@@ -93,6 +95,24 @@ def test_what_was_sent_ahead_for_two_behind_a_nat(busy: bool) -> None:
             assert wall() - began < 1
             await asyncio.sleep(100)
             assert w.owner(two.sa) == "b"
+
+    with quietly():
+        run(scenario(), 1000)
+
+
+def test_a_ctc_ends_nothing_that_was_not_offered() -> None:
+    async def scenario() -> None:
+        async with world(timing=REAL) as w:
+            names = [w.a.daemon.serve(a_context(number)) for number in (1, 2, 3)]
+            gate = w.a.daemon.wait["freeze"] = asyncio.Event()
+            moves = [asyncio.create_task(w.a.agent.transfer(names[0], "b"))]
+            await w.a.reaches("freeze")
+            moves += [asyncio.create_task(w.a.agent.transfer(name, "b")) for name in names[1:]]
+            await asyncio.sleep(REAL.hold + 10)
+            gate.set()
+            assert [(await move).result for move in moves][1:] == ["moved", "moved"]
+            await w.quiet()
+            assert w.b.daemon.passive == {}
 
     with quietly():
         run(scenario(), 1000)
@@ -266,6 +286,41 @@ def _tell(context: object) -> object:
 
 
 # Rogues.
+
+
+@pytest.mark.parametrize("later", [10, 400, 86400])
+def test_a_token_of_the_rfc_is_used_once(later: int) -> None:
+    """It has no end of its own. A recorded one, sent from elsewhere when its mobile node is at home again."""
+
+    async def scenario() -> None:
+        async with world() as w:
+            w.mobile = MobileConfig(rfc_token=True)
+            w.addresses = {"a": "192.0.2.1", "b": "192.0.2.2"}
+            for side in (w.a, w.b):
+                await side.restart()
+            context = a_context(1)
+            sa, home = w.a.daemon.serve(context), context.remote.address
+            token = compute_token(token_key(context.current, 77).reveal(), home, 77, ())
+            recorded = Ctar(home, ip_address("192.0.2.1"), 77, token, (), True)
+            await w.b.agent.ctar(recorded, Endpoint.of("203.0.113.5", 5091))
+            await w.quiet()
+            assert w.owner(sa) == "b"
+            assert (await w.b.agent.transfer(sa, "a")).result == "moved"
+            w.a.daemon.served[sa] = replace(w.a.daemon.served[sa], remote=context.remote)
+            w.wall += later
+            for side in (w.a, w.b):
+                await side.restart()
+            await asyncio.sleep(1)
+            expiry = round(wall() + w.wall + 60)
+            other = serve(w, a_context(2, mn="198.51.100.8"), sequence=99, more={"expiry": expiry})
+            await w.b.agent.ctar(*other.arrive())  # the notes of used tokens are looked through
+            await w.quiet()
+            await w.b.agent.ctar(recorded, Endpoint.of("192.0.2.66", 5091))
+            await w.quiet()
+            assert w.owner(sa) == "a"
+
+    with quietly():
+        run(scenario(), 1000)
 
 
 @pytest.mark.parametrize("how", ["offer", "let go"])

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from ikectx.engine.core import Engine, EngineConfig, Resolve, Transfer
-from ikectx.engine.effects import Choose, Invite, Invites
+from ikectx.engine.effects import Choose, Export, Invite, Invites
 from ikectx.engine.journaled import MobileConfig, TransferPolicy
 from ikectx.engine.outputs import Send
 from ikectx.engine.ports import Way
-from ikectx.errors import LinkError
+from ikectx.errors import BusyError, LinkError
 from ikectx.peer import PeerConfig
 from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import Ctd, Ctdr
@@ -168,3 +168,26 @@ def test_a_gateway_that_stops_is_soon_idle() -> None:
     world.until(100)
     assert idle == [True]
     assert {sa.state for side in (world.a, world.b) for sa in side.box.sas.values()} == {"served"}
+
+
+def test_a_gateway_that_stops_does_not_try_a_busy_sa_again() -> None:
+    world, times = Quiet(), [1]
+    sa, does = world._serve(1).spis, world.a.box.do
+
+    def do(step: Any) -> Any:
+        if isinstance(step, Export) and times:
+            times.pop()
+            raise BusyError("an exchange is in flight")
+        return does(step)
+
+    def stop() -> None:
+        assert world.a.engine is not None
+        world.a.engine.stop(world.a.now)
+        world.a.pump()
+
+    world.a.box.do = do  # type: ignore[method-assign]
+    world.moves(0, sa)
+    world.later(0.1, stop)
+    world.until(30)
+    assert (world.said[0].result, world.said[0].attempts) == ("kept", 1)
+    assert (world.state(world.a, sa), world.state(world.b, sa)) == ("served", "")
