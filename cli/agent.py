@@ -476,7 +476,7 @@ class Agent:
         name = request.get("transfer", "")
         if self._gateway.cancel(name):
             return {}
-        if all(entry["transfer_id"] != name for entry in self._gateway.history(EVERY)):
+        if not self._gateway.knows(name):
             raise UsageError(
                 f"there is no transfer {name!r}", hint="`ikectx status` shows those that are open"
             )

@@ -20,7 +20,7 @@ from functools import partial
 from ikectx.disk.audit import Verified
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.core import Announce, Arrive, Engine, Pull, Resolve, Show, Tell, Transfer
-from ikectx.engine.journal import JournalEntry
+from ikectx.engine.journal import ROLES, JournalEntry
 from ikectx.engine.journaled import EngineConfig, TransferPolicy
 from ikectx.engine.ports import Address, ContextSink, ContextSource
 from ikectx.engine.report import SOURCE_STANDS, TransferReport, sa_json, status_json
@@ -431,6 +431,14 @@ class Gateway:
     def verify(self, head: str = "") -> Verified:
         """Check the audit log. `head`: that of an earlier verification. Errors: StoreError, UsageError."""
         return self._store.audit_verify(head)
+
+    def knows(self, transfer_id: str) -> bool:
+        """Whether the journal has the transfer of that ID (hexadecimal), in either role."""
+        try:
+            ident = bytes.fromhex(transfer_id)
+        except ValueError:
+            return False
+        return any(self._store.find(role, ident) is not None for role in ROLES)
 
     def history(self, limit: int = 100) -> list[dict[str, object]]:
         """The journal, newest first, as plain JSON values."""

@@ -111,6 +111,8 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise StoreError(f"{path} does not open: {error}") from None
         try:
+            # a damaged octet must not make every row unreadable; what is sealed under that name does not open
+            self._db.text_factory = lambda raw: raw.decode(errors="replace")
             with self._errors():
                 self._set_up(Path(path).name)
         except StoreError:
@@ -211,7 +213,10 @@ class SqliteStore:
                         self._db.execute(update, (value, *row))
                         many += 1
         self._sealer = fresh
-        self.checkpoint()  # what was sealed with the old key leaves the log
+        try:
+            self.erase()
+        except StoreError as error:  # the new key holds all the same
+            log.warning("what was sealed with the old key stays in the log of the store for now: %s", error)
         return many
 
     def __enter__(self) -> Self:
@@ -396,10 +401,11 @@ class SqliteStore:
     def erase(self) -> None:
         """Empty the write-ahead log: sealed values that were deleted or replaced are in no file any more.
 
-        Slow (it syncs), and writers wait: for another thread, between transfers. If somebody writes just then
-        it is left for the next time. Errors: StoreError.
+        Slow (it syncs): for another thread, between transfers. If somebody writes just then it is left for
+        the next time. Errors: StoreError.
         """
         with self._errors(), contextlib.closing(sqlite3.connect(self._path, timeout=1.0)) as other:
+            other.execute("PRAGMA wal_checkpoint(PASSIVE)")  # most of the work, during which others may write
             other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # -- the journal -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ JournalHas = Literal["whole", "gaps", "old"]
 """gaps: transfers are missing, because the store was lost or an older copy was restored, of late; old: that
 was found at this start, so what the journal has open may be over."""
 Role = Literal["source", "target"]
+ROLES: tuple[Role, ...] = ("source", "target")
 
 
 @dataclass(frozen=True, slots=True)

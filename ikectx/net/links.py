@@ -262,7 +262,7 @@ class Links:
         self._unused = unused
         self._dialled: dict[str, Link] = {}
         self._accepted: defaultdict[str, list[Link]] = defaultdict(list)
-        self._dialling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._dialling: dict[str, asyncio.Task[Link]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._kept: set[str] = set()
 
@@ -306,26 +306,40 @@ class Links:
         return name in self._dialled or bool(self._accepted.get(name))
 
     async def get(self, peer: PeerConfig) -> Link:
-        """An open link, or a new one. Errors: LinkError."""
-        async with self._dialling[peer.name]:
-            link = self.find(peer.name)
-            if link is not None:
-                return link
-            try:
-                with trace.span("connect", "part"):
-                    stream = await self._dial(peer)
-            except LinkError:
-                raise
-            except Exception as error:
-                # whoever waits for the link must hear of it, and a link that is kept up be dialled again
-                log_mistake(log, f"a connection to {peer.name}", error)
-                raise LinkError(f"{peer.name}: a {type(error).__name__} here, see the log") from None
-            link = Link(stream, peer, self._arrived)
-            self._dialled[peer.name] = link
-            self._opened(link, False)
-            self._begin(self._run(link), f"ikectx link to {peer.name}")
-            self._wait(link, self._timing.idle)
+        """An open link, or a new one. All who ask meanwhile get what one attempt comes to, because a silent
+        peer would be dialled for each of them in turn. Errors: LinkError."""
+        link = self.find(peer.name)
+        if link is not None:
             return link
+        dial = self._dialling.get(peer.name)
+        if dial is None:
+            dial = self._dialling[peer.name] = asyncio.create_task(
+                self._new(peer), name=f"ikectx dials {peer.name}"
+            )
+            dial.add_done_callback(lambda done: self._dial_ended(peer.name, done))
+        return await asyncio.shield(dial)
+
+    def _dial_ended(self, name: str, dial: asyncio.Task[Link]) -> None:
+        del self._dialling[name]
+        if not dial.cancelled():
+            dial.exception()  # whoever waits has it
+
+    async def _new(self, peer: PeerConfig) -> Link:
+        try:
+            with trace.span("connect", "part"):
+                stream = await self._dial(peer)
+        except LinkError:
+            raise
+        except Exception as error:
+            # whoever waits for the link must hear of it, and a link that is kept up be dialled again
+            log_mistake(log, f"a connection to {peer.name}", error)
+            raise LinkError(f"{peer.name}: a {type(error).__name__} here, see the log") from None
+        link = Link(stream, peer, self._arrived)
+        self._dialled[peer.name] = link
+        self._opened(link, False)
+        self._begin(self._run(link), f"ikectx link to {peer.name}")
+        self._wait(link, self._timing.idle)
+        return link
 
     def find(self, name: str) -> Link | None:
         """An open link to that peer: of those that it dialled the last."""
@@ -386,6 +400,8 @@ class Links:
         for links in list(self._accepted.values()):
             for link in list(links):
                 link.close(LinkError("this gateway stops"))
+        for dial in list(self._dialling.values()):
+            dial.cancel()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

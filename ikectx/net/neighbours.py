@@ -17,6 +17,8 @@ from ikectx.sa.context import Address
 
 log = logging.getLogger("ikectx.net.neighbours")
 
+AT_START = 1.0
+"""Seconds that a start waits for the addresses of peers."""
 RESOLVE_AGAIN = 60.0
 """Seconds for which a peer's name keeps its addresses."""
 
@@ -69,6 +71,12 @@ class Neighbours:
         }
         self._looked = -RESOLVE_AGAIN
         self._looking: asyncio.Task[None] | None = None
+
+    async def look_soon(self) -> None:
+        """`look`, and wait for that for a moment: transfers that an agent before this one has left open must
+        not wait for a name server."""
+        self._looking = asyncio.get_running_loop().create_task(self.look())
+        await asyncio.wait({self._looking}, timeout=AT_START)
 
     async def look(self) -> None:
         """Look up the names of all peers. A name that is not found is logged; its old addresses stay."""

@@ -326,7 +326,7 @@ async def plain_listen(
     Errors: ConfigError for SCTP on a wildcard address, LinkError.
     """
     neighbours = Neighbours(peers)
-    await neighbours.look()
+    await neighbours.look_soon()
     handshakes = Handshakes(neighbours.knows)
 
     async def prove(sock: socket.socket) -> Stream | None:

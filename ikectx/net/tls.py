@@ -194,12 +194,14 @@ async def tls_listen(
     Errors: LinkError.
     """
     neighbours = Neighbours(peers)
-    await neighbours.look()
+    await neighbours.look_soon()
     handshakes = Handshakes(neighbours.knows)
 
     async def prove(sock: socket.socket) -> Stream | None:
-        source, stream = sock.getpeername()[:2], None
+        source: tuple[str, int] = ("?", 0)
+        stream = None
         try:
+            source = sock.getpeername()[:2]
             context = credentials.context(server=True)
             wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             stream = TlsStream(wrapped, source, timing)

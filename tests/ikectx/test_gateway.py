@@ -811,3 +811,14 @@ def test_a_mobile_node_that_did_not_go_where_it_was_told_is_relayed(address: Add
             assert w.owner(sa) == "b"
 
     run(scenario())
+
+
+def test_a_transfer_is_known_by_its_name() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            _, report = await one_move(w)
+            for side in (w.a, w.b):
+                assert side.agent.knows(report.transfer_id)
+                assert not side.agent.knows("00" * 8) and not side.agent.knows("no name")
+
+    run(scenario())

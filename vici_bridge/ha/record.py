@@ -47,6 +47,9 @@ COND_PPK = 1 << 13
 
 MAX_CHILDREN = 512
 """CHILD_SAs of one IKE_SA that are kept, because each message about it stores all of them anew."""
+MAX_COMING = 4096
+"""IKE_SAs that have keys and are not up. charon does not report that one of them was given up, and whoever
+sends an IKE_SA_INIT makes one. The oldest are forgotten."""
 _FRESH = 256
 """SAs whose octets are kept for a while, because most of what follows changes their message IDs alone."""
 _FORMAT = 1
@@ -146,6 +149,8 @@ class Record:
         """The IKE_SAs by the identity of their other end, as it is printed."""
         self._born: dict[SaName, int] = {}
         self._count = 0
+        self._coming: dict[SaName, None] = {}
+        """Those that have keys, are not up and replace none, oldest first."""
         self._frozen: dict[SaName, tuple[SaState, list[bytes]]] = {}
         """The last SAs that were dumped, and their messages as octets but for message IDs."""
         self._handlers: dict[HaType, Callable[[HaMessage, SaName], RecordChange]] = {
@@ -200,6 +205,8 @@ class Record:
             self._put(name, replace(sa, replaces=rekeyed.spis), new=True)
             return Rekeying(rekeyed.spis, name)
         self._put(name, sa, new=True)
+        while len(self._coming) > MAX_COMING:
+            self._drop(next(iter(self._coming)))
         return Added(name)
 
     def _ike_update(self, message: HaMessage, name: SaName) -> RecordChange:
@@ -283,6 +290,8 @@ class Record:
 
     def _keep(self, name: SaName, sa: SaState) -> None:
         self._disinherit(name)
+        if sa.connection is None and sa.replaces is None:
+            self._coming[name] = None
         if sa.replaces is not None:
             self._heirs.setdefault(sa.replaces, set()).add(name)
         if sa.remote_id is not None:
@@ -299,6 +308,7 @@ class Record:
         known = self._sas.get(name)
         if known is None:
             return
+        self._coming.pop(name, None)
         if known.replaces is not None:
             _discard(self._heirs, known.replaces, name)
         if known.remote_id is not None:

@@ -526,3 +526,64 @@ def test_a_full_disk_is_a_store_error(store: SqliteStore) -> None:
     store._db.execute("PRAGMA max_page_count = 1")  # as small as it already is: it cannot grow
     with pytest.raises(StoreError, match="cannot be used"):
         store.put("record", "a", os.urandom(1 << 20))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE journal SET mn = CAST(x'6dee' AS TEXT) WHERE transfer_id = x'7474747474747474'",
+        "UPDATE journal SET detail = CAST(x'ff' AS TEXT) WHERE transfer_id = x'7474747474747474'",
+        "UPDATE items SET key = CAST(x'ff' AS TEXT) WHERE key = 'k1'",
+        "UPDATE ledger SET key = CAST(x'ff' AS TEXT) WHERE key = 'k1'",
+    ],
+)
+def test_an_octet_that_is_no_text_hides_no_other_row(place: Path, damage: str) -> None:
+    with open_store(place) as store:
+        for ident in (b"t" * 8, b"u" * 8):
+            store.write(JournalEntry(ident, "source", "b", SA, "mn", "192.0.2.1", "released", 1, 1e9, 1e9))
+        for key in ("k1", "k2"):
+            store.put("detour", key, b"v")
+            store.keep("source", key, b"row")
+    with closing(sqlite3.connect(place / "state.db")) as database:
+        database.execute(damage)
+        database.commit()
+    with open_store(place) as store:
+        assert len(store.open_transfers()) == len(store.history()) == 2
+        assert ("k2", b"v") in store.items("detour") and "k2" in str(store.rows("source"))
+
+
+def test_the_log_is_written_back_before_writers_wait(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Noted(sqlite3.Connection):
+        def execute(self, *args: object) -> sqlite3.Cursor:
+            said.append(str(args[0]))
+            return super().execute(*args)  # type: ignore[arg-type]
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **more: connect(*args, factory=Noted, **more))
+    store.erase()
+    assert [line for line in said if "checkpoint" in line] == [
+        "PRAGMA wal_checkpoint(PASSIVE)",
+        "PRAGMA wal_checkpoint(TRUNCATE)",
+    ]
+
+
+def test_nothing_stays_under_the_old_key(
+    place: Path, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("note", "k", b"value")
+    (sealed,) = store._db.execute("SELECT value FROM items").fetchone()
+    assert sealed in (place / "state.db-wal").read_bytes()
+    store.rekey(bytes(range(32)))
+    assert not any(sealed in (place / name).read_bytes() for name in ("state.db", "state.db-wal"))
+    assert store.get("note", "k") == b"value"
+
+    def refuses(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(sqlite3, "connect", refuses)
+    store.rekey(bytes(32))  # the new key holds, whatever becomes of the log
+    assert store.get("note", "k") == b"value"

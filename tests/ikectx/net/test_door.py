@@ -326,3 +326,46 @@ def test_a_door_that_closes_drops_what_has_not_proven_who_it_is(ca: Authority) -
         await until(lambda: len(asyncio.all_tasks()) <= 2)  # this one and what bounds it
 
     run(scenario())
+
+
+def test_a_peer_that_resets_its_connection_at_once_is_no_mistake_of_ours(
+    ca: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def accept(stream: Stream) -> None: ...
+
+    async def scenario() -> None:
+        (opened,) = await tls_listen(
+            Credentials(ca.issue("server")), TIMING, [("127.0.0.1", 0)], accept, [PEER]
+        )
+        await opened.start_serving()
+        sock = socket.create_connection(opened.address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.close()  # RST, before it was accepted
+        await asyncio.sleep(0.3)
+        opened.close()
+
+    with caplog.at_level(logging.INFO):
+        run(scenario())
+    assert "mistake" not in caplog.text and "refused a connection" in caplog.text
+
+
+def test_a_start_does_not_wait_for_a_silent_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer: asyncio.Event
+
+    async def resolve(host: str, port: int) -> list[Address]:
+        await answer.wait()
+        return [ONE]
+
+    async def scenario() -> None:
+        nonlocal answer
+        answer = asyncio.Event()
+        known = Neighbours([PeerConfig("peer", "gateway.example")])
+        await known.look_soon()
+        assert not known.knows(ONE)
+        answer.set()
+        await asyncio.sleep(0.01)
+        assert known.knows(ONE)
+
+    monkeypatch.setattr(neighbours, "AT_START", 0.01)
+    monkeypatch.setattr(neighbours, "resolve", resolve)
+    run(scenario())

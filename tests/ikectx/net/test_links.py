@@ -648,3 +648,34 @@ def test_a_gateway_starts_once_and_only_whole(ca: Authority, tmp_path: Path) -> 
         await site.stop()
 
     run(scenario())
+
+
+def test_who_asks_while_a_peer_is_dialled_gets_what_comes_of_that() -> None:
+    async def scenario() -> None:
+        dials: list[float] = []
+
+        async def silent(peer: PeerConfig) -> Stream:
+            dials.append(hand_loop.wall())
+            await asyncio.sleep(5.0)
+            raise LinkError(f"{peer.name} did not answer")
+
+        links = Links(silent, Timing(), nothing)
+        began = hand_loop.wall()
+        asking = [asyncio.create_task(links.get(PeerConfig("b", "b"))) for _ in range(16)]
+        await asyncio.sleep(1.0)
+        asking[0].cancel()  # the others have their link all the same
+        found = await asyncio.gather(*asking, return_exceptions=True)
+        assert {type(one) for one in found[1:]} == {LinkError} and isinstance(
+            found[0], asyncio.CancelledError
+        )
+        assert (len(dials), round(hand_loop.wall() - began)) == (1, 5)
+        with pytest.raises(LinkError):
+            await links.get(PeerConfig("b", "b"))
+        assert len(dials) == 2
+        last = asyncio.create_task(links.get(PeerConfig("b", "b")))
+        await asyncio.sleep(0)
+        await links.close()
+        await asyncio.gather(last, return_exceptions=True)
+        assert len(asyncio.all_tasks()) == 1
+
+    hand_loop.run(scenario(), 100)

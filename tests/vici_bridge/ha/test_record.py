@@ -10,6 +10,7 @@ from ikectx.errors import RefusedError, UnknownSaError
 from ikectx.numbers import KeMethod, Prf, Status
 from ikectx.sa.context import Secret
 from ikectx.sa.keys import child_keys, sk_keys
+from ikectx.sa.name import SaName
 from tests.record_world import (
     G1,
     G2,
@@ -30,6 +31,7 @@ from tests.record_world import (
     vector,
 )
 from vici_bridge.ha import messages as ha
+from vici_bridge.ha import record as record_module
 from vici_bridge.ha.chain import import_messages
 from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.ha.messages import Attr, HaMessage, HaType
@@ -309,6 +311,25 @@ def test_same_ike_spis_with_other_nonces_is_another_sa() -> None:
     record = fed(*first())
     assert record.feed(ha.ike_add(5, replace(G1, nonce_i=b"n" * 32), MN)) == Added(I1.spis)
     assert record.names() == ()
+
+
+def test_what_strangers_begin_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """charon does not report the end of an IKE_SA that never was up."""
+    monkeypatch.setattr(record_module, "MAX_COMING", 3)
+    record = fed(*first())
+
+    def begun(number: int) -> SaName:
+        generation = replace(G2, spi_i=number.to_bytes(8), spi_r=number.to_bytes(8))
+        record.feed(ha.ike_add(5, generation, MN))
+        return SaName(generation.spi_i, generation.spi_r)
+
+    names = [begun(number) for number in range(1, 11)]
+    assert [name in record for name in names] == [False] * 7 + [True] * 3
+    assert record.names() == (I1.spis,)
+    record.feed(up(IkeId(*names[-1], I1.initiator)))
+    for number in range(20, 30):
+        begun(number)
+    assert set(record.names()) == {I1.spis, names[-1]}, "those that are up stay"
 
 
 def test_further_key_exchanges() -> None:
