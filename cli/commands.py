@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -316,7 +317,7 @@ def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bo
         if warnings:
             told["warnings"] = warnings
         if dry_run and sum(sizes[:2]) <= sizes[2]:
-            told["collisions"] = collisions.expected(*sizes).to_json()
+            told["collisions"] = asdict(collisions.expected(*sizes))
         show_json(told)
         return code
     from . import render

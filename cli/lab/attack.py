@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from ikectx.errors import CharonError, IkectxError
-from vici_bridge.vici.client import ControlClient, json_of
+from vici_bridge.vici.client import json_of
 
 from . import attacker as lab_attacker
 from . import guest as lab_guest
 from .boot import code
 from .config import Tunnel
 from .damage import HOSTS, KINDS, Sample, report
-from .hosts import Lab
-from .machine import host as this_machine
+from .hosts import Lab, idle
 from .net import OUTER, PREFIX
 from .usage import circumstances, cpu, resident_kib
 
@@ -59,7 +58,7 @@ def run(kind: str, rate: float, seconds: float, guest: str, *, libipsec: bool, s
     found = lab_guest.result(
         __spec__.name, words, guest, "real", libipsec=libipsec, memory_mib=MEMORY_MIB, say=say
     )
-    return {**found, "host": this_machine(), "code": code()}
+    return {**found, "code": code()}
 
 
 def siege(kind: str, rate: float, seconds: float, *, libipsec: bool, say: Say) -> dict[str, Any]:
@@ -163,7 +162,7 @@ class Siege:
 
     def _transfer(self, source: str, target: str) -> str:
         """Asked of the agent as by `ikectx transfer`; the reason where it failed."""
-        with ControlClient(str(self._lab.work / source / "ikectx.vici"), timeout=PATIENCE) as agent:
+        with self._lab.agent(source, PATIENCE) as agent:
             answer = json_of(agent.stream("transfer", "transfer-progress", {"to": target}))
         reports = answer.get("reports", [])
         failed = [one for one in reports if int(one.get("exit_code", 1))]
@@ -173,7 +172,7 @@ class Siege:
     def _handover(self, _source: str, target: str) -> str:
         """The mobile node is elsewhere, and asks the other gateway for its SA; the reason where it failed."""
         self._lab.net.relocate()
-        with ControlClient(str(self._lab.work / "mn" / "ikectx.vici"), timeout=PATIENCE) as agent:
+        with self._lab.agent("mn", PATIENCE) as agent:
             query = {"to": target, "what": "arrive"}
             told = json_of(agent.stream("handover", "handover-progress", query))
         return f"{told['result']}: {told['detail']}" if told["exit_code"] else ""
@@ -193,9 +192,7 @@ class Siege:
             time.sleep(0.05)
         self._say("the ends of the SA do not agree: the mobile node connects anew")
         for one in ("mn", *HOSTS):
-            for sa in self._lab.list_sas(one):
-                with contextlib.suppress(CharonError):
-                    self._lab.vici(one).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=100)
+            self._lab.forget(one)
         self._lab.connect()
         self._owner = "psg"
 
@@ -208,9 +205,7 @@ class Siege:
         here, mobile = self._lab.list_sas(owner), self._lab.list_sas("mn")
         if len(here) != 1 or len(mobile) != 1 or self._lab.list_sas(other):
             return False
-        if any(
-            sa["state"] != "ESTABLISHED" or any(sa.get(kind) for kind in _TASKS) for sa in (*here, *mobile)
-        ):
+        if not all(map(idle, (*here, *mobile))):
             return False
         ends = [
             {(child[one], child[two]) for sa in sas for child in sa["child-sas"].values()}
@@ -221,9 +216,6 @@ class Siege:
         return (
             ends[0] == ends[1] and len(now) == 1 and renewed and mobile[0]["remote-host"] == OUTER[owner][4]
         )
-
-
-_TASKS = ("tasks-active", "tasks-queued", "tasks-passive")
 
 
 class AttackWatch:
@@ -266,7 +258,7 @@ class AttackWatch:
                 continue
             began = time.monotonic()
             try:
-                with ControlClient(str(self._lab.work / host / "ikectx.vici"), timeout=30.0) as agent:
+                with self._lab.agent(host, 30.0) as agent:
                     agent.request("status")
             except IkectxError:
                 self.answers_ms.append(math.inf)

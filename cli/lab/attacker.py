@@ -16,7 +16,6 @@ import select
 import selectors
 import signal
 import socket
-import struct
 import sys
 import time
 from collections import Counter
@@ -37,6 +36,7 @@ from ikectx.wire.profile import TransferHeader, encode
 from ikectx.wire.tokens import Purpose, make_ctar
 
 from .config import CXTP_PORT, Tunnel
+from .inject import datagram
 from .net import GATEWAYS, INNER, OUTER
 from .twin import FRESH_OCTETS, TwinNames, twin
 
@@ -90,13 +90,6 @@ class Pace:
 def stranger() -> str:
     """An address that nobody has, somewhere else than all hosts of the lab."""
     return f"10.7.{secrets.randbelow(256)}.{1 + secrets.randbelow(254)}"
-
-
-def datagram(source: str, port: int, to: str, payload: bytes) -> bytes:
-    """IPv4 and UDP around it; the kernel fills in what is 0 (RFC 768 allows no UDP checksum)."""
-    ends = socket.inet_aton(source) + socket.inet_aton(to)
-    ip = struct.pack("!BBHHHBBH", 0x45, 0, 28 + len(payload), 0, 0, 64, socket.IPPROTO_UDP, 0) + ends
-    return ip + struct.pack("!HHHH", port, CXTP_PORT, 8 + len(payload), 0) + payload
 
 
 def forged(gateway: str, purpose: Purpose, spis: SaName, mn: str) -> Ctar:
@@ -154,7 +147,8 @@ def datagrams(order: Order, count: int = TAKEN) -> list[tuple[str, bytes]]:
             payload = bad(number, payload)
         source = OUTER["mn"][4] if order.kind == "ctar-mn" else stranger()
         to = OUTER[gateway][4]
-        made.append((to, datagram(source, 1024 + secrets.randbelow(60000), to, payload)))
+        port = 1024 + secrets.randbelow(60000)
+        made.append((to, datagram(source, port, to, CXTP_PORT, payload)))
     return made
 
 

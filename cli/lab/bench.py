@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -253,6 +254,33 @@ _OTHERS_ROW = {
 _MOVES = {"moves": "a number", **dict.fromkeys(("cpu_ms", "charon_ms"), "numbers by name or null")}
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How one of `ALONE` is read: a key only it has, what it is called, its keys, what older ones lack."""
+
+    key: str
+    words: str
+    keys: Mapping[str, str]
+    lacking: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
+    wrong: Callable[[Any, str], str] = lambda _one, _where: ""
+
+
+_KINDS = {
+    "drains": _Kind("sas", "the drain", {**_DRAIN, **_PROFILE}, _NONE),
+    "moves": _Kind("moves", "the moves", {**_MOVES, **_PROFILE}, _NONE),
+    "others": _Kind("rows", "what was beside others", _OTHERS, rows=_OTHERS_ROW),
+    "attacks": _Kind("attack", "the attack", {}, wrong=lambda one, where: lab_damage.wrong(one, where=where)),
+    "handovers": _Kind(
+        "modes",
+        "the judgement",
+        _CIRCUMSTANCES,
+        {"crowd": 0, "interval_ms": 0},
+        wrong=lambda one, where: lab_aims.wrong(one.get("modes"), where),
+    ),
+}
+
+
 def _is(value: object, kind: str) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     match kind:
@@ -293,44 +321,25 @@ def read(text: str, file: str) -> dict[str, Any]:
             if key not in value or not _is(value[key], kind):
                 raise wrong(f"{where}.{key} must be {kind}")
 
+    def look(one: Any, kind: _Kind, where: str, more: Mapping[str, str]) -> None:
+        check({**kind.lacking, **one} if isinstance(one, dict) else one, {**more, **kind.keys}, where)
+        for number, row in enumerate(one["rows"] if kind.rows else ()):
+            check(row, kind.rows, f"{where}.rows.{number}")
+        if why := kind.wrong(one, where):
+            raise wrong(why)
+
     try:
         summary = json.loads(text)
     except (ValueError, RecursionError):
         raise wrong("not JSON") from None
     if not isinstance(summary, dict):
         raise wrong("not an object")
-    if "sas" in summary:
-        check({**_NONE, **summary}, {**_OF_DRAIN, **_DRAIN, **_PROFILE}, "the drain")
-        check(summary["machine"], _HERE, "the drain.machine")
-        check(summary["host"], _HOST, "the drain.host")
-        return alone("drains", summary)
-    if "moves" in summary and "parts" not in summary:
-        check({**_NONE, **summary}, {**_OF_DRAIN, **_MOVES, **_PROFILE}, "the moves")
-        check(summary["machine"], _HERE, "the moves.machine")
-        check(summary["host"], _HOST, "the moves.host")
-        return alone("moves", summary)
-    if "rows" in summary:
-        check(summary, {**_OF_DRAIN, **_OTHERS}, "what was beside others")
-        check(summary["machine"], _HERE, "what was beside others.machine")
-        check(summary["host"], _HOST, "what was beside others.host")
-        for number, row in enumerate(summary["rows"]):
-            check(row, _OTHERS_ROW, f"rows.{number}")
-        return alone("others", summary)
-    if "attack" in summary:
-        check(summary, _OF_DRAIN, "the attack")
-        check(summary["machine"], _HERE, "the attack.machine")
-        check(summary["host"], _HOST, "the attack.host")
-        if why := lab_damage.wrong(summary):
-            raise wrong(why)
-        return alone("attacks", summary)
-    if "modes" in summary:
-        check(summary, _OF_DRAIN, "the judgement")
-        check(summary["machine"], _HERE, "the judgement.machine")
-        check(summary["host"], _HOST, "the judgement.host")
-        check({"crowd": 0, "interval_ms": 0, **summary}, _CIRCUMSTANCES, "the judgement")
-        if why := lab_aims.wrong(summary["modes"]):
-            raise wrong(why)
-        return alone("handovers", summary)
+    for what, kind in _KINDS.items():
+        if kind.key in summary and "parts" not in summary:
+            look(summary, kind, kind.words, _OF_DRAIN)
+            check(summary["machine"], _HERE, f"{kind.words}.machine")
+            check(summary["host"], _HOST, f"{kind.words}.host")
+            return alone(what, summary)
     check(summary, {"command": "text", "strongswan": "text", "parts": "objects by name"}, "the result")
     for name, part in summary["parts"].items():
         if name not in PARTS:
@@ -341,36 +350,12 @@ def read(text: str, file: str) -> dict[str, Any]:
             check(one, _ROW, f"{name}.{scenario}")
             for way, found in one["ways"].items():
                 check(found, _WAY, f"{name}.{scenario}.ways.{way}")
-    if not isinstance(summary.get("drains"), list):
-        raise wrong("drains must be a list")
-    for number, one in enumerate(summary["drains"]):
-        check({**_NONE, **one}, {**_DRAIN, **_PROFILE}, f"drains.{number}")
-        check(one.get("machine"), _MACHINE, f"drains.{number}.machine")
-    if not isinstance(moves := summary.get("moves", []), list):
-        raise wrong("moves must be a list")
-    for number, one in enumerate(moves):
-        check({**_NONE, **one}, {**_MOVES, **_PROFILE}, f"moves.{number}")
-        check(one.get("machine"), _MACHINE, f"moves.{number}.machine")
-    if not isinstance(others := summary.get("others", []), list):
-        raise wrong("others must be a list")
-    for number, one in enumerate(others):
-        check(one, _OTHERS, f"others.{number}")
-        check(one.get("machine"), _MACHINE, f"others.{number}.machine")
-        for at, row in enumerate(one["rows"]):
-            check(row, _OTHERS_ROW, f"others.{number}.rows.{at}")
-    if not isinstance(attacks := summary.get("attacks", []), list):
-        raise wrong("attacks must be a list")
-    for number, one in enumerate(attacks):
-        if why := lab_damage.wrong(one, where=f"attacks.{number}"):
-            raise wrong(why)
-        check(one.get("machine"), _MACHINE, f"attacks.{number}.machine")
-    if not isinstance(handovers := summary.get("handovers", []), list):
-        raise wrong("handovers must be a list")
-    for number, one in enumerate(handovers):
-        check({"crowd": 0, "interval_ms": 0, **one}, _CIRCUMSTANCES, f"handovers.{number}")
-        if why := lab_aims.wrong(one.get("modes"), f"handovers.{number}"):
-            raise wrong(why)
-        check(one.get("machine"), _MACHINE, f"handovers.{number}.machine")
+    for what, kind in _KINDS.items():
+        if not isinstance(found := summary.get(what, None if what == "drains" else []), list):
+            raise wrong(f"{what} must be a list")
+        for number, one in enumerate(found):
+            look(one, kind, f"{what}.{number}", {})
+            check(one.get("machine"), _MACHINE, f"{what}.{number}.machine")
     return summary
 
 

@@ -16,7 +16,6 @@ from ..answers import a_number
 from . import aims as lab_aims
 from . import machine as lab_machine
 from . import start as lab_start
-from .boot import tidy
 from .damage import KINDS
 from .fleet import MOST
 from .options import (
@@ -124,6 +123,7 @@ def bench(
     """
     from . import bench as lab_bench
     from . import critical_chart as lab_critical_chart
+    from . import emptying, many_others, to_and_fro
     from . import page as lab_page
 
     _bench_options(
@@ -152,15 +152,16 @@ def bench(
         *(["--esp libipsec"] if esp != "kernel" else []),
     ]
     profiled = ["--profile"] if profile else []
+    libipsec = esp == "libipsec"
     if files:
         summary = _saved(files, target)
     elif drain:
-        command = " ".join(["ikectx lab bench", *options, f"--drain {drain}", *profiled])
-        found |= {"command": command, **_emptied(drain, guest, clock, esp, profile)}
+        found["command"] = " ".join(["ikectx lab bench", *options, f"--drain {drain}", *profiled])
+        found |= emptying.run(drain, guest, clock, libipsec=libipsec, profile=profile, say=say)
         summary = lab_bench.alone("drains", found)
     elif moves:
-        command = " ".join(["ikectx lab bench", *options, f"--moves {moves}", *profiled])
-        found |= {"command": command, **_moved(moves, guest, clock, esp, profile)}
+        found["command"] = " ".join(["ikectx lab bench", *options, f"--moves {moves}", *profiled])
+        found |= to_and_fro.run(moves, guest, clock, libipsec=libipsec, profile=profile, say=say)
         summary = lab_bench.alone("moves", found)
     elif handovers:
         words = ["ikectx lab bench", "--handovers", f"--runs {runs}", *options]
@@ -170,18 +171,19 @@ def bench(
         ok = all(row["reached"] for row in found["modes"])
     elif crowd:
         words = ["ikectx lab bench", *_others(crowd), f"--runs {runs}", *options, *_probe(interval_ms)]
-        found |= {"command": " ".join(words), **_beside(crowd, runs, guest, clock, esp, interval_ms)}
+        fine = interval_ms or lab_aims.INTERVAL_MS
+        ran = many_others.run(crowd, runs, guest, clock, libipsec=libipsec, interval_ms=fine, say=say)
+        found |= {"command": " ".join(words), **ran}
         summary = lab_bench.alone("others", found)
         ok = all(row["reached"] and row["ok"] == row["runs"] for row in found["rows"])
     elif attack:
         _attacked(attack, rate, seconds, guest, esp, options, as_json=as_json)
         return
     else:
-        default = lab_bench.NATIVE if esp == "libipsec" else lab_bench.SCENARIOS
+        default = lab_bench.NATIVE if libipsec else lab_bench.SCENARIOS
         wanted = tuple(name for name in names or default for _ in range(runs))
         request = lab_start.RunRequest(wanted, esp=esp, guest=guest, clock=clock)
-        with tidy():
-            reports = lab_start.run(request, say)
+        reports = lab_start.run(request, say)
         words = ["ikectx lab bench", f"--runs {runs}", *options, *names]
         summary = lab_bench.summarise(reports, lab_machine.host(), " ".join(words))
         ok = all(report["ok"] for report in reports)
@@ -243,8 +245,7 @@ def _attacked(
 
     rate, seconds = rate or KINDS[kind].rate, seconds or 60.0
     words = [*options, f"--attack {kind}", f"--rate {rate:g}", f"--seconds {seconds:g}"]
-    with tidy():
-        found = lab_attack.run(kind, rate, seconds, guest, libipsec=esp == "libipsec", say=say)
+    found = lab_attack.run(kind, rate, seconds, guest, libipsec=esp == "libipsec", say=say)
     told = {"command": " ".join(["ikectx lab bench", *words]), **found}
     missed = lab_damage.missed(told)
     if as_json:
@@ -255,46 +256,12 @@ def _attacked(
         raise click.exceptions.Exit(1)
 
 
-def _emptied(size: int, guest: str, clock: str, esp: str, profile: bool) -> dict[str, Any]:
-    """What a drain took. Raises IkectxError."""
-    from . import emptying as lab_emptying
-
-    with tidy():
-        return lab_emptying.run(size, guest, clock, libipsec=esp == "libipsec", profile=profile, say=say)
-
-
-def _moved(moves: int, guest: str, clock: str, esp: str, profile: bool) -> dict[str, Any]:
-    """What a move takes. Raises IkectxError."""
-    from . import to_and_fro as lab_to_and_fro
-
-    with tidy():
-        return lab_to_and_fro.run(moves, guest, clock, libipsec=esp == "libipsec", profile=profile, say=say)
-
-
 def _others(crowd: Sequence[int]) -> list[str]:
     return [f"--others {size}" for size in crowd if size]
 
 
 def _probe(interval_ms: float | None) -> list[str]:
     return [f"--probe {interval_ms:g}"] if interval_ms else []
-
-
-def _beside(
-    sizes: Sequence[int], runs: int, guest: str, clock: str, esp: str, interval_ms: float | None
-) -> dict[str, Any]:
-    """Handovers beside more and more other SAs. Raises IkectxError."""
-    from . import many_others as lab_many_others
-
-    with tidy():
-        return lab_many_others.run(
-            sizes,
-            runs,
-            guest,
-            clock,
-            libipsec=esp == "libipsec",
-            interval_ms=interval_ms or lab_aims.INTERVAL_MS,
-            say=say,
-        )
 
 
 def _judged(
@@ -313,8 +280,7 @@ def _judged(
         # it costs system calls, and so nothing while the clock stands still
         trace=clock == "virtual" and interval_ms is None,
     )
-    with tidy():
-        reports = lab_start.run(request, say)
+    reports = lab_start.run(request, say)
     first = reports[0]
     return {
         **{key: first[key] for key in ("strongswan", "guest", "clock", "esp", "machine")},

@@ -27,7 +27,7 @@ MNs at the gateway and one that comes, n = 1 and m = k. IKE SPIs have r = 2^64.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from random import Random
 
 from ikectx.errors import UsageError
@@ -58,10 +58,6 @@ class Collisions:
     many: float
     any_many: float
 
-    def to_json(self) -> dict[str, object]:
-        """All of it, for --json."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
@@ -73,10 +69,6 @@ class Simulated:
     one_error: float
     many: float
     many_error: float
-
-    def to_json(self) -> dict[str, object]:
-        """All of it, for --json."""
-        return asdict(self)
 
 
 def expected(moved: int, serving: int, spis: int = RANGE) -> Collisions:

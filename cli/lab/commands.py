@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -325,8 +325,7 @@ def run(
     single = len(wanted) == 1 and not every
     found: dict[int, dict[str, Any]] = {}
     try:
-        with tidy():
-            reports = lab_start.run(request, (lambda _line: None) if quiet else say, found)
+        reports = lab_start.run(request, (lambda _line: None) if quiet else say, found)
     except (KeyboardInterrupt, KernelError) as error:
         if found or isinstance(error, KeyboardInterrupt):
             _tell(lab_start.complete(request, found), as_json, single=single)
@@ -403,8 +402,8 @@ def collisions(moved: int, serving: int, spis: int | None, runs: int, seed: int,
     found = arithmetic.expected(moved, serving, spis or arithmetic.RANGE)
     chance = arithmetic.simulate(moved, serving, found.spis, seed=seed, runs=runs)
     if as_json:
-        simulated = chance.to_json() if chance is not None else None
-        click.echo(json.dumps({"expected": found.to_json(), "simulated": simulated}, indent=2))
+        simulated = None if chance is None else asdict(chance)
+        click.echo(json.dumps({"expected": asdict(found), "simulated": simulated}, indent=2))
         return
     click.echo(f"{moved} SAs moved onto {serving}, {found.spis} SPIs")
     table = [("", "from one gateway", "from many gateways"), *arithmetic.rows(found, chance)]

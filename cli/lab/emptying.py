@@ -18,7 +18,6 @@ from . import guest as lab_guest
 from .config import Tunnel
 from .fleet import SEGMENTS, Fleet, prepare
 from .hosts import Lab
-from .machine import host
 from .net import GATEWAYS, INNER
 from .profiled import PROFILE, ProfiledLab
 from .traffic import Probe
@@ -40,10 +39,9 @@ def run(size: int, guest: str, clock: str, *, libipsec: bool, profile: bool, say
     ESP in user space needs no other kernel than this machine's.
     """
     words = [str(size), "libipsec" if libipsec else "kernel", *([PROFILE] if profile else [])]
-    found = lab_guest.result(
+    return lab_guest.result(
         __spec__.name, words, guest, clock, libipsec=libipsec, memory_mib=MEMORY_MIB, say=say
     )
-    return {**found, "host": host()}
 
 
 def drain(size: int, *, libipsec: bool, profile: bool, say: Say) -> dict[str, Any]:

@@ -31,8 +31,6 @@ class FaultyLab:
         self._lab, self._case = lab, case
         self._fault = FAULTS[case.fault]
         self._scripts: dict[Path, str] = {}
-        self.lost_octets = 0
-        """Of the store's log, where the power was lost."""
 
     @property
     def down(self) -> set[tuple[str, str]]:
@@ -104,7 +102,7 @@ class FaultyLab:
             salt, _, end = (stops / "synced").read_text().partition(" ")
             synced = (salt, int(end))
         draw = random.Random(self._case.name)  # noqa: S311  no secret
-        self.lost_octets = store_cut.cut(state / "state.db-wal", synced, draw)
+        store_cut.cut(state / "state.db-wal", synced, draw)
 
     def _end_power(self) -> None:
         (host,) = self._fault.hosts

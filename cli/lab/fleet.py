@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from ikectx.errors import CharonError
-from vici_bridge.vici.client import ControlClient, json_of
+from vici_bridge.vici.client import json_of
 
 from .hosts import Lab
 from .net import CHARONS, GATEWAYS, INNER, INNER_NET, OUTER
@@ -179,7 +179,7 @@ class Fleet:
         return int(told["total"]) - int(told["half-open"])
 
     def _known(self) -> int:
-        with ControlClient(str(self.lab.work / self.gateway / "ikectx.vici"), timeout=_PATIENCE) as agent:
+        with self.lab.agent(self.gateway, _PATIENCE) as agent:
             return int(json_of(agent.request("status"))["sas"])
 
     def _forget(self) -> None:

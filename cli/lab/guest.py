@@ -33,6 +33,7 @@ from .boot import (
     sweep,
     tidy,
 )
+from .machine import host
 from .net import has_kernel_esp, load_modules
 
 WAYS = ("host", "uml", "qemu")
@@ -142,8 +143,9 @@ def result(
     libipsec: bool,
     memory_mib: int,
     say: Say,
-) -> Any:
-    """The JSON that `python -m module RESULT WORDS...` leaves in RESULT, run in a guest (of `WAYS`, or auto).
+) -> dict[str, Any]:
+    """The JSON that `python -m module RESULT WORDS...` leaves in RESULT, run in a guest (of `WAYS`, or auto),
+    and on what machine that was.
 
     ESP in user space (`libipsec`) needs no other kernel than this machine's. Raises IkectxError.
     """
@@ -151,7 +153,7 @@ def result(
     check("host" if here_alone else guest, clock)
     environment = {name: value for name, value in os.environ.items() if name.startswith("IKECTX_LAB_")}
     byte_code()
-    with own_folder("result") as shared:
+    with tidy(), own_folder("result") as shared:
         file = shared / "result.json"
         argv = (sys.executable, "-m", module, str(file), *words)
         job = Job(argv, CHECKOUT, shared, environment, clock=clock, memory_mib=memory_mib)
@@ -166,7 +168,7 @@ def result(
         status = asyncio.run(boot(guests, job, tell, say))
         if status or not file.exists():
             raise KernelError(f"{module.rpartition('.')[2]} ended with status {status}: {last}")
-        return json.loads(file.read_text())
+        return {**json.loads(file.read_text()), "host": host()}
 
 
 def program(measure: Callable[..., Any]) -> int:

@@ -131,7 +131,7 @@ class Lab:
         for host in agents:
             self.wait_agent(host)
         for host in hosts:
-            self.start_daemon(host, wait=False)
+            self.start_daemon(host)
         for host in hosts:
             self.wait_daemon(host)
 
@@ -243,7 +243,7 @@ class Lab:
         """A gateway's agent forgets the SAs that left it, and drops nothing for them any more."""
         if host not in GATEWAYS or host not in self.agent_hosts:
             return
-        with ControlClient(str(self.work / host / "ikectx.vici"), timeout=60.0) as agent:
+        with self.agent(host) as agent:
             answer = json_of(agent.request("detours"))
             for name in {":".join(row["sa"]) for row in (*answer["detours"], *answer["behind"])}:
                 with contextlib.suppress(IkectxError):  # it may have gone meanwhile
@@ -302,15 +302,13 @@ class Lab:
     def wait_agent(self, host: str) -> None:
         self._wait_file(host, "agent", self.work / host / "ikectx.vici")
 
-    def start_daemon(self, host: str, *, wait: bool = True) -> None:
-        """Starts the IKE daemon of a host."""
+    def start_daemon(self, host: str) -> None:
+        """Starts the IKE daemon of a host; `wait_daemon` waits for it."""
         if host in self.tunnel.others:
             words = lab_daemons.words(self.tunnel.others[host], self.work / host)
             self.spawn(host, self.tunnel.others[host], [*as_its_own_machine(host), *words])
         else:
             self.start_charon(host, wait=False)
-        if wait:
-            self.wait_daemon(host)
 
     def wait_daemon(self, host: str) -> None:
         """Waits until the IKE daemon of a host can be told something. Raises CharonError."""
@@ -386,12 +384,16 @@ class Lab:
             self.stop(*pair)
         for host in {pair[0] for pair in pairs}:
             self.flush(host)
-            for name in ("state", *LOGS, "ikectx.vici", "ikectx.mark", "charon.vici"):
-                path = self.work / host / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            self.clean(host)
+
+    def clean(self, host: str) -> None:
+        """Removes what the daemons of a host have written."""
+        for name in ("state", *LOGS, "points.log", "ikectx.vici", "ikectx.mark", "charon.vici"):
+            path = self.work / host / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def flush(self, host: str) -> None:
         """Clears what daemons left in the kernel of a host."""
@@ -488,6 +490,10 @@ class Lab:
                 said = " / ".join(log[-3:])
                 raise CharonError(f"{host}: the tunnel did not come up: {error}: {said}") from None
 
+    def agent(self, host: str, timeout: float = 60.0) -> ControlClient:
+        """A client of that host's agent."""
+        return ControlClient(str(self.work / host / "ikectx.vici"), timeout=timeout)
+
     def vici(self, host: str) -> CharonVici:
         """A VICI client of that host's charon; a unix socket reaches it from any namespace."""
         if host not in self._vici:
@@ -533,6 +539,12 @@ class Lab:
         for sa in self.list_sas(host):
             self.vici(host).terminate(ike_id=int(sa["uniqueid"]), timeout_ms=20000)
 
+    def forget(self, host: str) -> None:
+        """A host's SAs go without a word that anybody could hear."""
+        for sa in self.list_sas(host):
+            with contextlib.suppress(CharonError):  # it tells of the time that passed without an answer
+                self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=100)
+
     def attach(self, host: str, argv: Sequence[str]) -> int:
         """Runs a command on a host with this terminal. Returns its exit status."""
         self._check_host(host)
@@ -543,6 +555,12 @@ class Lab:
     def _check_host(self, host: str) -> None:
         if host not in HOSTS:
             raise UsageError(f"no host {host} in the lab", hint="hosts: " + " ".join(HOSTS))
+
+
+def idle(sa: Mapping[str, Any]) -> bool:
+    """Whether an IKE_SA as charon lists it is up, and none of its exchanges is under way, or waits."""
+    tasks = ("tasks-active", "tasks-queued", "tasks-passive")
+    return sa["state"] == "ESTABLISHED" and not any(sa.get(kind) for kind in tasks)
 
 
 def save_logs(lab: Lab, folder: Path) -> None:

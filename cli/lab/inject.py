@@ -14,11 +14,11 @@ import time
 CHARON, AGENT, PORT = "127.0.0.1", "127.0.0.2", 4510
 
 
-def datagram(payload: bytes) -> bytes:
+def datagram(source: str, port: int, to: str, its_port: int, payload: bytes) -> bytes:
     """IPv4 and UDP around it; the kernel fills in what is 0 (RFC 768 allows no UDP checksum)."""
-    ends = socket.inet_aton(AGENT) + socket.inet_aton(CHARON)
+    ends = socket.inet_aton(source) + socket.inet_aton(to)
     ip = struct.pack("!BBHHHBBH", 0x45, 0, 28 + len(payload), 0, 0, 64, socket.IPPROTO_UDP, 0) + ends
-    return ip + struct.pack("!HHHH", PORT, PORT, 8 + len(payload), 0) + payload
+    return ip + struct.pack("!HHHH", port, its_port, 8 + len(payload), 0) + payload
 
 
 def main() -> None:
@@ -28,7 +28,8 @@ def main() -> None:
             if words[0] == "sleep":
                 time.sleep(float(words[1]))
             else:
-                raw.sendto(datagram(bytes.fromhex(words[0])), (CHARON, 0))
+                octets = bytes.fromhex(words[0])
+                raw.sendto(datagram(AGENT, PORT, CHARON, PORT, octets), (CHARON, 0))
 
 
 if __name__ == "__main__":

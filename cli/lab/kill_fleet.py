@@ -10,7 +10,7 @@ from typing import Any
 from ikectx.errors import CharonError
 
 from .fleet import Fleet
-from .hosts import Lab
+from .hosts import Lab, idle
 from .net import GATEWAYS
 from .run import StepError
 
@@ -18,8 +18,6 @@ SIZE = 8
 """Mobile nodes beside `mn`: fewer than a drain has under way at a time, so all of them are moving."""
 HOST = "mn2"
 """Whose charon has them."""
-TASKS = ("tasks-active", "tasks-queued", "tasks-passive")
-"""Where charon lists an SA's exchanges that are under way, or wait."""
 
 
 class KilledFleet:
@@ -121,7 +119,7 @@ class KilledFleet:
         both = [*up[HOST], *up[owners[0]]]
         if len({(sa["initiator-spi"], sa["responder-spi"]) for sa in both}) != 1 or len(both) != 2:
             return f"{HOST} has another SA than {owners[0]}"
-        if any(sa["state"] != "ESTABLISHED" or any(sa.get(kind) for kind in TASKS) for sa in both):
+        if not all(map(idle, both)):
             return "an exchange is under way"
         if any(len(sa["child-sas"]) != 1 for sa in both):
             return "another number of CHILD_SAs than one"

@@ -59,21 +59,7 @@ class KillLab(Lab):
             shutil.rmtree(self.work / host / "stops", ignore_errors=True)
         super(KillLab, self).stop_daemons(hosts)
         for host in hosts:
-            for name in (
-                "state",
-                "points.log",
-                "agent.out",
-                "charon.log",
-                "updown.log",
-                "ikectx.vici",
-                "ikectx.mark",
-                "charon.vici",
-            ):
-                path = self.work / host / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            self.clean(host)
 
     def down(self) -> None:
         for host in HOSTS:

@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any
 
 from ikectx.errors import IkectxError
-from vici_bridge.vici.client import ControlClient, json_of
+from vici_bridge.vici.client import json_of
 
 from . import twice
 from .config import Tunnel
 from .faults import FaultyLab
-from .hosts import Lab
+from .hosts import Lab, idle
 from .kill_cases import FAULTS, case
-from .kill_fleet import TASKS, KilledFleet
+from .kill_fleet import KilledFleet
 from .kill_lab import KillLab, Stop
 from .leftovers import left
 from .net import GATEWAYS, INNER, LINKS, OUTER
@@ -255,7 +255,7 @@ class KillRunner(ScenarioRunner):
         """Transfers that are open, by gateway."""
         found = []
         for host in GATEWAYS:
-            with ControlClient(str(self._lab.work / host / "ikectx.vici"), timeout=60.0) as agent:
+            with self._lab.agent(host) as agent:
                 found += [(host, entry) for entry in json_of(agent.request("status"))["transfers"]]
         return found
 
@@ -307,7 +307,7 @@ class KillRunner(ScenarioRunner):
         self._anew = True
         self.report.add_clear(self._unwatch())  # the policies go with the SA, as without an agent
         for host in ("mn", *GATEWAYS):
-            self._forget(host)
+            self._lab.forget(host)
         self._lab.connect("psg")
         self._serves["mn"] = "psg"
 
@@ -338,7 +338,7 @@ class KillRunner(ScenarioRunner):
 
     def _named_by_node(self) -> str:
         """The command that the mobile node's agent names since its last handover; empty: none."""
-        with ControlClient(str(self._lab.work / "mn" / "ikectx.vici"), timeout=60.0) as agent:
+        with self._lab.agent("mn") as agent:
             named = NAMED_BY_NODE.search(json.dumps(json_of(agent.request("status"))["last"]))
         return named[1] if named else ""
 
@@ -359,8 +359,7 @@ class KillRunner(ScenarioRunner):
         mobile = self._sas("mn", "mn")
         here = {(sa["initiator-spi"], sa["responder-spi"]) for sa in mobile}
         every = [*mobile, *(sa for host in owners for sa in self._sas(host, "mn"))]
-        idle = all(sa["state"] == "ESTABLISHED" and not any(sa.get(kind) for kind in TASKS) for sa in every)
-        return bool(here) and here == there and idle
+        return bool(here) and here == there and all(map(idle, every))
 
     def _listed(self) -> str:
         return "; ".join(

@@ -12,7 +12,6 @@ import click
 from ikectx.errors import KernelError
 
 from . import start as lab_start
-from .boot import tidy
 from .options import clock_option, from_option, guest_option, page_option, read, root_option, say, write
 
 MOST_CASES = 1_000_000
@@ -121,8 +120,7 @@ def _run(request: lab_start.RunRequest, *, quiet: bool) -> list[dict[str, Any]]:
     """The reports; where it is ended, of the cases that came to their end. Raises IkectxError."""
     found: dict[int, dict[str, Any]] = {}
     try:
-        with tidy():
-            return lab_start.run(request, (lambda _line: None) if quiet else say, found)
+        return lab_start.run(request, (lambda _line: None) if quiet else say, found)
     except (KeyboardInterrupt, KernelError):
         if not found:
             raise

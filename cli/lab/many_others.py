@@ -22,7 +22,6 @@ from .config import Tunnel
 from .emptying import Say
 from .fleet import SEGMENTS, crowd, prepare
 from .hosts import Lab
-from .machine import host
 from .net import GATEWAYS
 from .run import ScenarioRunner
 from .scenario import Scenario
@@ -53,10 +52,9 @@ def run(
 ) -> dict[str, Any]:
     """`beside` in a guest of `lab_guest.WAYS` (or auto), and on what machine that was. Raises IkectxError."""
     words = ["libipsec" if libipsec else "kernel", str(runs), str(interval_ms), *map(str, sizes)]
-    found = lab_guest.result(
+    return lab_guest.result(
         __spec__.name, words, guest, clock, libipsec=libipsec, memory_mib=CROWDED_MIB, say=say
     )
-    return {**found, "host": host()}
 
 
 def beside(

@@ -448,23 +448,19 @@ class Net:
 
     def cut(self, one: str, other: str) -> None:
         """The core forwards nothing more between two hosts, whichever links they use. Raises KernelError."""
-        sides = ["{ " + ", ".join(f'"{device}"' for device in LINKS[host]) + " }" for host in (one, other)]
-        rules = ["add table inet cut", "add chain inet cut f { type filter hook forward priority 0; }"]
-        rules += [f"add rule inet cut f iifname {a} oifname {b} drop" for a, b in (sides, sides[::-1])]
-        run([*self.enter("core"), "nft", "-f", "-"], text="\n".join(rules) + "\n")
+        self.drop(LINKS[one], LINKS[other], both=True, table="cut")
 
     def mend(self) -> None:
         """Undoes every `cut`."""
         run([*self.enter("core"), "nft", "delete table inet cut"], check=False)
 
-    def drop(self, source: Sequence[str], target: Sequence[str], *, both: bool) -> None:
+    def drop(self, source: Sequence[str], target: Sequence[str], *, both: bool, table: str = "fault") -> None:
         """The core drops what comes by one of its links and goes by another one. Raises KernelError."""
         sides = ["{ " + ", ".join(f'"{device}"' for device in side) + " }" for side in (source, target)]
-        rules = ["add table inet fault", "add chain inet fault f { type filter hook forward priority 0; }"]
-        rules += [
-            f"add rule inet fault f iifname {a} oifname {b} drop"
-            for a, b in ((sides[0], sides[1]), (sides[1], sides[0]))[: 1 + both]
-        ]
+        rules = [f"add table inet {table}"]
+        rules.append(f"add chain inet {table} f {{ type filter hook forward priority 0; }}")
+        ways = (sides, sides[::-1])[: 1 + both]
+        rules += [f"add rule inet {table} f iifname {a} oifname {b} drop" for a, b in ways]
         run([*self.enter("core"), "nft", "-f", "-"], text="\n".join(rules) + "\n")
 
     def let_pass(self) -> None:

@@ -125,6 +125,13 @@ WORDS: dict[str, dict[int, tuple[str, ...]]] = {
 
 NAMES = ("kept", "renamed", "new")
 
+KEYS = (
+    *("agents", "names", "fresh", "kernel_only", "delay_ms", "gateway_delay_ms"),
+    *("dark_ms", "late_address_ms", "interval_ms", "slow_interval_ms"),
+)
+LIMITS = ("lost", "exact", "lost_down", "late", "gap_ms", "messages", "gateway_octets", "other_lost")
+"""Of scenario.toml, those of `Scenario` with a default; and those of its [limits]."""
+
 COARSE_MS = 20.0
 """Milliseconds between datagrams of a brief run's probe on an emulated CPU: at 5, a transfer waits for it."""
 
@@ -305,28 +312,11 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         raise ConfigError(f"{source}: steps: a list of steps is needed")
     checks = keys.pop("checks", [])
     tunnel = _tunnel(source, keys.pop("tunnel", {}))
-    known = {
-        "description": str(keys.pop("description", "")),
-        "agents": bool(keys.pop("agents", True)),
-        "delay_ms": float(keys.pop("delay_ms", 20.0)),
-        "gateway_delay_ms": float(keys.pop("gateway_delay_ms", 1.0)),
-        "dark_ms": float(keys.pop("dark_ms", 0.0)),
-        "late_address_ms": float(keys.pop("late_address_ms", 0.0)),
-        "interval_ms": float(keys.pop("interval_ms", 5.0)),
-        "slow_interval_ms": float(keys.pop("slow_interval_ms", 0.0)),
-        "fresh": bool(keys.pop("fresh", False)),
-        "kernel_only": bool(keys.pop("kernel_only", False)),
-        "lost": limits.pop("lost", None),
-        "exact": bool(limits.pop("exact", False)),
-        "lost_down": limits.pop("lost_down", None),
-        "late": limits.pop("late", None),
-        "gap_ms": limits.pop("gap_ms", None),
-        "messages": limits.pop("messages", None),
-        "gateway_octets": limits.pop("gateway_octets", None),
-        "other_lost": limits.pop("other_lost", None),
-        "names": str(keys.pop("names", "kept")),
-    }
-    if known["names"] not in NAMES:
+    default: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(Scenario)}
+    known = {key: type(default[key])(keys.pop(key)) for key in KEYS if key in keys}
+    known |= {key: limits.pop(key) for key in LIMITS if key in limits}
+    known["description"] = str(keys.pop("description", ""))
+    if known.get("names", NAMES[0]) not in NAMES:
         raise ConfigError(f"{source}: names: one of {', '.join(NAMES)}")
     for key in (*keys, *(f"limits.{key}" for key in limits)):
         raise ConfigError(f"{source}: {key}: no such key")

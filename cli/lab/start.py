@@ -212,7 +212,7 @@ def run(
     ways = guests(request)
     interpreter = sys.executable if request.root == "/" else lab_guest.python(Path(request.root))
     byte_code()
-    with own_folder("run") as shared:
+    with tidy(), own_folder("run") as shared:
         share = Share.make(shared, request)
         try:
             asyncio.run(_side_by_side(request, ways, share, interpreter, say))

@@ -18,7 +18,6 @@ from . import guest as lab_guest
 from .config import Tunnel
 from .emptying import Say
 from .hosts import Lab
-from .machine import host
 from .net import GATEWAYS
 from .profiled import PROFILE, ProfiledLab
 from .usage import circumstances, clock_stands_still, cpu, spent_ms
@@ -34,10 +33,9 @@ def run(moves: int, guest: str, clock: str, *, libipsec: bool, profile: bool, sa
     """`to_and_fro` in a guest of `lab_guest.WAYS` (or auto), and on what machine that was. Raises
     IkectxError."""
     words = [str(moves), "libipsec" if libipsec else "kernel", *([PROFILE] if profile else [])]
-    found = lab_guest.result(
+    return lab_guest.result(
         __spec__.name, words, guest, clock, libipsec=libipsec, memory_mib=MEMORY_MIB, say=say
     )
-    return {**found, "host": host()}
 
 
 def to_and_fro(moves: int, *, libipsec: bool, profile: bool, say: Say) -> dict[str, Any]:

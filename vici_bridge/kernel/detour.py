@@ -21,7 +21,7 @@ from ikectx.errors import KernelError
 from ikectx.sa.context import Address
 
 from . import routes
-from .netlink import ROUTE, Netlink, failure
+from .netlink import ROUTE, Netlink
 from .netlink_parts import CREATE, DUMP, REPLACE
 from .routes import GETROUTE, LOCAL, UNICAST, UNREACHABLE, KernelRoute, text_of
 from .xfrm_parts import INET, INET6, Network, XfrmRequest, family_of
@@ -171,37 +171,37 @@ class Detour:
 
     def _make(self, wanted: Sequence[XfrmRequest]) -> None:
         with self._lock:
-            for request, outcome in zip(wanted, self._route.transact(wanted), strict=True):
-                if outcome.errno not in (0, errno.EEXIST):
-                    raise failure(request, outcome)
+            self._route.attempt(wanted, errno.EEXIST)
 
     def _delete(self, prefixes: Sequence[Network], *, shut: bool = False) -> None:
         requests = [_route_request(routes.DELROUTE, prefix, None, shut=shut) for prefix in prefixes]
-        for request, outcome in zip(requests, self._route.transact(requests), strict=True):
-            if outcome.errno not in (0, errno.ESRCH):
-                raise failure(request, outcome)
+        self._route.attempt(requests, errno.ESRCH)
 
     def _listing(self, *, shut: bool = False) -> list[Network]:
         found: list[Network] = []
-        for family in (INET, INET6):
-            asked = KernelRoute(family, table=TABLE, maker=PROTOCOL)
-            request = asked.request(GETROUTE, DUMP, "list the detours")
-            try:
-                answers = self._route.ask(request)
-            except KernelError as error:
-                # the answer of strict listings if the table was never made
-                if error.errno in (errno.ENOENT, errno.EAFNOSUPPORT):
-                    continue
-                raise
-            for answer in answers:
-                route = KernelRoute.parse(answer)
-                wanted = UNREACHABLE if shut else UNICAST
-                ours = (route.table, route.maker, route.family) == (TABLE, PROTOCOL, family)
-                if ours and route.kind == wanted:
-                    # a route for everything has no destination in the kernel's answer
-                    everything = "0.0.0.0" if family == INET else "::"  # noqa: S104
-                    found.append(_network(f"{route.destination or everything}/{route.length}"))
+        for route in own_routes(self._route, UNREACHABLE if shut else UNICAST, "list the detours"):
+            # a route for everything has no destination in the kernel's answer
+            everything = "0.0.0.0" if route.family == INET else "::"  # noqa: S104
+            found.append(_network(f"{route.destination or everything}/{route.length}"))
         return found
+
+
+def own_routes(link: Netlink, kind: int, what: str) -> list[KernelRoute]:
+    """The agent's routes of that kind, of both IP versions. Errors: KernelError."""
+    found: list[KernelRoute] = []
+    for family in (INET, INET6):
+        asked = KernelRoute(family, table=TABLE, maker=PROTOCOL)
+        try:
+            answers = link.ask(asked.request(GETROUTE, DUMP, what))
+        except KernelError as error:
+            # the answer of strict listings if the table was never made, or there is no IPv6
+            if error.errno in (errno.ENOENT, errno.EAFNOSUPPORT):
+                continue
+            raise
+        every = map(KernelRoute.parse, answers)
+        ours = (TABLE, PROTOCOL, family, kind)
+        found += [one for one in every if (one.table, one.maker, one.family, one.kind) == ours]
+    return found
 
 
 def _route_request(
@@ -274,8 +274,8 @@ def stir(link: Netlink, device: int, version: int) -> None:
             kind=UNICAST,
         )
         request = route.request(number, flags, "have charon look for its ways")
-        if device and (outcome := link.transact([request])[0]).errno not in (0, errno.ESRCH):
-            raise failure(request, outcome)
+        if device:
+            link.attempt([request], errno.ESRCH)
 
 
 @lru_cache(maxsize=1 << 12)

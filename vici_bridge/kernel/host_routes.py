@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 
-from ikectx.errors import KernelError
 from ikectx.sa.context import Address
 
 from . import routes
-from .detour import PROTOCOL, TABLE, ask_way, is_local
-from .netlink import ROUTE, Netlink, failure
+from .detour import PROTOCOL, TABLE, ask_way, is_local, own_routes
+from .netlink import ROUTE, Netlink
 from .netlink_parts import CREATE, DUMP, REPLACE
 from .routes import GETROUTE, LOCAL, KernelRoute
-from .xfrm_parts import INET, INET6, XfrmRequest, family_of
+from .xfrm_parts import XfrmRequest, family_of
 
 _METRIC = 1024
 """Behind the kernel's own route for an address of this host, which has 0."""
@@ -57,26 +56,13 @@ class HostRoutes:
 
     def remove(self, address: Address, device: int = _LOOPBACK) -> None:
         """Undo `add`. Idempotent."""
-        request = _request(routes.DELROUTE, address, device)
-        outcome = self._route.transact([request])[0]
-        if outcome.errno not in (0, errno.ESRCH):
-            raise failure(request, outcome)
+        self._route.attempt([_request(routes.DELROUTE, address, device)], errno.ESRCH)
 
     def clear(self) -> None:
         """Undo each `add`, also of an agent before this one."""
-        for family in (INET, INET6):
-            asked = KernelRoute(family, table=TABLE, maker=PROTOCOL)
-            request = asked.request(GETROUTE, DUMP, "list addresses of the agent's")
-            try:
-                answers = self._route.ask(request)
-            except KernelError as error:
-                if error.errno in (errno.ENOENT, errno.EAFNOSUPPORT):
-                    continue  # there is no IPv6
-                raise
-            for route in map(KernelRoute.parse, answers):
-                ours = (route.table, route.maker, route.kind) == (TABLE, PROTOCOL, LOCAL)
-                if ours and route.destination is not None:
-                    self.remove(route.destination, route.device)
+        for route in own_routes(self._route, LOCAL, "list addresses of the agent's"):
+            if route.destination is not None:
+                self.remove(route.destination, route.device)
 
 
 def _request(number: int, address: Address, device: int) -> XfrmRequest:

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
-from types import TracebackType
 from typing import Self
 
 from ikectx.errors import KernelError, StateError, UsageError, WireError
@@ -91,9 +90,7 @@ class Kernel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # Reading.
@@ -156,9 +153,7 @@ class Kernel:
 
     def _found(self, wanted: Sequence[KernelSa]) -> list[KernelSa | None]:
         requests, found = [sa.get() for sa in wanted], list[KernelSa | None]()
-        for sa, request, outcome in zip(wanted, requests, self._xfrm.transact(requests), strict=True):
-            if outcome.errno not in (0, errno.ESRCH):
-                raise failure(request, outcome)
+        for sa, outcome in zip(wanted, self._xfrm.attempt(requests, errno.ESRCH), strict=True):
             try:
                 found.append(KernelSa.parse(outcome.answers[0]) if outcome.answers else None)
             except WireError as error:
@@ -323,10 +318,7 @@ class Kernel:
 
     def delete_policies(self, policies: Iterable[KernelPolicy]) -> None:
         """Those of these that are there, in one datagram. Errors: KernelError."""
-        requests = [policy.delete() for policy in policies]
-        for request, outcome in zip(requests, self._xfrm.transact(requests), strict=True):
-            if outcome.errno not in (0, errno.ENOENT):
-                raise failure(request, outcome)
+        self._xfrm.attempt([policy.delete() for policy in policies], errno.ENOENT)
 
     def delete_policy(self, policy: KernelPolicy) -> bool:
         """Delete the policy of that selector and direction; False: it was not there. Errors: KernelError."""
@@ -411,10 +403,7 @@ class Kernel:
         limits = KernelLimits(hard_add=seconds)
         requests = [replace(sa, limits=limits, sequence=LATE).add() for sa in snapshot.sas]
         requests += [replace(policy, limits=limits, index=0).add() for policy in snapshot.policies]
-        outcomes = self._xfrm.transact(requests)
-        for request, outcome in zip(requests, outcomes, strict=True):
-            if outcome.errno not in (0, errno.EEXIST):
-                raise failure(request, outcome)
+        outcomes = self._xfrm.attempt(requests, errno.EEXIST)
         return sum(outcome.errno == 0 for outcome in outcomes[: len(snapshot.sas)])
 
     def late_sas(self) -> list[KernelSa]:

@@ -125,6 +125,14 @@ class Netlink:
                 break
         return outcome.answers
 
+    def attempt(self, requests: Sequence[XfrmRequest], but: int) -> list[NetlinkOutcome]:
+        """`transact`, with KernelError for the first that was refused for another reason than `but`."""
+        outcomes = self.transact(requests)
+        for request, outcome in zip(requests, outcomes, strict=True):
+            if outcome.errno not in (0, but):
+                raise failure(request, outcome)
+        return outcomes
+
     def transact(self, requests: Sequence[XfrmRequest]) -> list[NetlinkOutcome]:
         """Send all in one datagram and collect their results; the kernel goes on after a refusal.
 

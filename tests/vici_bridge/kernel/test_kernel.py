@@ -184,6 +184,9 @@ class Answering:
     def transact(self, requests: Sequence[XfrmRequest]) -> list[netlink.NetlinkOutcome]:
         return [netlink.NetlinkOutcome(0, answers=self.ask(request)) for request in requests]
 
+    def attempt(self, requests: Sequence[XfrmRequest], but: int) -> list[netlink.NetlinkOutcome]:
+        return self.transact(requests)
+
 
 ESN_OUT = KernelSa(
     ip_address("192.0.2.1"),
