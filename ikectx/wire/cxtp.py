@@ -181,13 +181,13 @@ def _blocks(reader: Reader) -> Blocks:
 def _statuses(reader: Reader, data: bytes, ends: frozenset[Fpt]) -> tuple[StatusBlock, ...]:
     """Those before the first block, which is of one of the FPTs `ends`. `data`: what the reader reads."""
     found = []
-    while reader.left and not _begins_with(data[reader.pos :], ends):
+    while reader.left and not _begins_with(data[reader.pos : reader.pos + 2], ends):
         found.append(StatusBlock.read(reader))
     return tuple(found)
 
 
 def _begins_with(rest: bytes, fpts: frozenset[Fpt]) -> bool:
-    return len(rest) > 1 and Reader(rest, "blocks").u16() in fpts
+    return len(rest) > 1 and int.from_bytes(rest[:2]) in fpts
 
 
 def _apart(statuses: Sequence[StatusBlock], blocks: Blocks, fpts: frozenset[Fpt], name: str) -> None:

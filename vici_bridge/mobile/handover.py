@@ -236,7 +236,7 @@ class Handovers(HandoverSteps):
             report = self._finished(run)
             return await self._elsewhere(run, place) if report.another_address_may_do else report
         except IkectxError as error:
-            run.report.broken(error)
+            run.report.broken(error, in_doubt=run.machine.outcome.in_doubt)
             self._finished(run)
             raise
         finally:

@@ -84,10 +84,11 @@ class MobileReport:
         if outcome.in_doubt:
             self.hint += f". Ask again ({again}), or connect anew if nobody answers"
 
-    def broken(self, error: IkectxError) -> None:
-        """The handover has ended with that error."""
+    def broken(self, error: IkectxError, *, in_doubt: bool) -> None:
+        """The handover has ended with that error. `in_doubt`: the new gateway may have the SA."""
         self.result, self.exit_code = "failed", error.exit_code
         self.detail, self.hint = str(error), error.hint
+        self.serves = None if in_doubt else self.serves
 
     def ended(self, told: str) -> None:
         """The SA was ended here during the handover. `told`: the gateway that has deleted it; empty: none."""

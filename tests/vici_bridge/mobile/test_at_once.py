@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ikectx.errors import BusyError
+from ikectx.errors import BusyError, LinkError
 from ikectx.net.mn_udp import run_handover
 from ikectx.node.mobility import Handover, HandoverOutcome, HandoverPrepared, MobileState
 from ikectx.sa.name import SaName
@@ -73,6 +73,29 @@ def test_an_announced_move_that_fails_at_the_new_place_is_reported() -> None:
         assert (last["result"], last["serves"], last["exit_code"]) == ("failed", "psg", BusyError.exit_code)
         assert "CHILD_REKEY" in last["detail"]
         assert (w.handovers.status(), bad) == (None, [])
+
+    do(scenario())
+
+
+def test_an_announced_move_whose_socket_fails_is_in_doubt() -> None:
+    async def scenario() -> None:
+        w = World()
+
+        async def run(
+            machine: Handover, bind: object = None, *, moves: Any, progress: Any
+        ) -> HandoverOutcome:
+            progress(MobileState.PREPARED, HandoverPrepared(None))  # type: ignore[arg-type]
+            await moves
+            machine._know(in_doubt=True)
+            raise LinkError("the network is down")
+
+        w.handovers._run = run
+        await w.handovers.announce("nsg")
+        w.handovers.addresses_changed()
+        await asyncio.sleep(0.05)
+        last = w.handovers.notes.last()
+        assert (last["result"], last["serves"], last["detail"]) == ("failed", None, "the network is down")
+        assert w.handovers.notes.in_question()
 
     do(scenario())
 
