@@ -41,8 +41,8 @@ def _slug(text: str) -> str:
 
 
 def effect_point(step: str, effect: str, when: str) -> str:
-    """The name of a point at an effect of a step."""
-    return f"{_slug(step)}.{_slug(effect)}.{when}"
+    """The name of a point at an effect of a step; `step` empty: it was left for after its step."""
+    return f"{_slug(step) or 'later'}.{_slug(effect)}.{when}"
 
 
 def journal_point(state: str, when: str) -> str:
@@ -181,6 +181,14 @@ MODES: Mapping[str, MoveMode] = {
         messages=_ASKED,
         without=_MOVED,
     ),
+    "unheard": MoveMode(
+        "psg invites the MN, which does not hear it, and calls it back",
+        (),
+        (),
+        steps=("invite", "unheard"),
+        messages=(("psg", "Ike", ""),),
+        without=("invite.charon-knows-the-id", "invite.charon-speaks"),
+    ),
 }
 
 
@@ -241,8 +249,6 @@ SELDOM: Mapping[str, str] = {
     "activate.script-up": "an SA to which no packets could be led before",
     "home.esp-goes-by-its-sas": "a mobile node that gets no answer",
     "unheard.charon-speaks-again": "a mobile node that was to be invited, and was not",
-    "unheard.charon-only-answers": "a mobile node that does not answer an invitation",
-    "unheard.call-back": "a mobile node that does not answer an invitation",
 }
 """Effects that no mode here comes to, and what they are for."""
 
@@ -256,7 +262,9 @@ def points(name: str) -> list[Point]:
 
     def carried_out(host: str, step: str) -> None:
         for effect in steps()[step].effects:
-            both = [effect_point(step, effect.name, when) for when in (BEFORE, AFTER)]
+            # what is postponed ends when the mobile node hears again, which is after the fault
+            when = (BEFORE,) if effect.postponed else (BEFORE, AFTER)
+            both = [effect_point("" if effect.postponed else step, effect.name, one) for one in when]
             if both[0].removesuffix(f".{BEFORE}") not in {*SELDOM, *mode.without}:
                 add(host, "effect", *both)
 

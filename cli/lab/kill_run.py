@@ -62,31 +62,30 @@ PROOF = (
 )
 """What an SA must be able to do afterwards, and that nothing of it is left in the end."""
 
-FIRST: Mapping[str, tuple[Step, ...]] = {
-    "invited": (
-        Command(
-            "core",
-            "nft 'add table ip n; add chain ip n post { type nat hook postrouting priority srcnat; };"
-            " add rule ip n post ip saddr 10.1.0.10 snat to 10.9.0.1;"
-            " add table ip f; add chain ip f in { type filter hook input priority 0; };"
-            " add rule ip f in ip daddr 10.9.0.1 drop'; ip addr add 10.9.0.1/32 dev lo",
-            name="a NAT",
-        ),
-    )
-}
+_NAT = Command(
+    "core",
+    "nft 'add table ip n; add chain ip n post { type nat hook postrouting priority srcnat; };"
+    " add rule ip n post ip saddr 10.1.0.10 snat to 10.9.0.1;"
+    " add table ip f; add chain ip f in { type filter hook input priority 0; };"
+    " add rule ip f in ip daddr 10.9.0.1 drop'; ip addr add 10.9.0.1/32 dev lo",
+    name="a NAT",
+)
+FIRST: Mapping[str, tuple[Step, ...]] = {"invited": (_NAT,), "unheard": (_NAT,)}
 """Steps by mode before the mobile node connects."""
 
-DEAF = (
-    "nft 'add table inet deaf; add chain inet deaf f { type filter hook forward priority 0; };"
-    " add rule inet deaf f ip saddr 10.2.2.2 ip daddr 10.1.0.10 drop'"
-)
+DEAF = {
+    mode: "nft 'add table inet deaf; add chain inet deaf f { type filter hook forward priority 0; };"
+    f" add rule inet deaf f ip saddr {gateway} ip daddr 10.1.0.10 drop'"
+    for mode, gateway in (("silent", "10.2.2.2"), ("unheard", "10.2.1.2"))
+}
+"""By mode: the mobile node does not hear the gateway that is to say something to it."""
 
 
 def scenario(name: str) -> Scenario:
     """The scenario of a case. Errors: UsageError."""
     one = case(name)
     mode, fault = one.point.mode, FAULTS[one.fault]
-    asks = mode in ("predictive", "leaving", "reactive", "invited")
+    asks = mode in ("predictive", "leaving", "reactive", "invited", "unheard")
     more = [("fleet",)] if mode == "drain" else []
     return Scenario(
         name,
@@ -202,14 +201,14 @@ class KillRunner(ScenarioRunner):
 
     def _before(self, mode: str) -> None:
         """What a mode needs to be true."""
-        if mode == "silent":
-            self._must("core", DEAF)
+        if mode in DEAF:
+            self._must("core", DEAF[mode])
         if mode == "packet":
             self._do_cut("away", "psg")
 
     def _after(self, mode: str) -> None:
         """Nothing of the network is in the way any more."""
-        if mode == "silent":
+        if mode in DEAF:
             self._lab.command("core", ["nft", "delete table inet deaf"])
         if mode == "packet":
             self._do_mend()
@@ -227,6 +226,7 @@ class KillRunner(ScenarioRunner):
             "silent": ("psg", "ikectx transfer --to nsg --address move --json"),
             "relay": ("psg", "ikectx transfer --to nsg --address relay --json"),
             "invited": ("psg", "ikectx transfer --to nsg --json"),
+            "unheard": ("psg", "ikectx transfer --to nsg --address invite --json"),
             "pull": ("nsg", f"ikectx pull --from psg --mn {OUTER['mn'][4]} --json"),
             "predictive": ("mn", "ikectx mobile handover --to nsg --predictive --json"),
             "leaving": ("mn", "ikectx mobile handover --to nsg --predictive --leaving --json"),
