@@ -88,9 +88,9 @@ _numbers = itertools.count(1)
 
 
 class Link:
-    """CXTP on one connection to one peer: cuts the stream into messages, assigns answers to requests.
+    """CXTP on one connection to one peer: cuts the stream into messages.
 
-    `arrived` is called, in order, with every message but the CTDRs that were asked for.
+    `arrived` is called with each, in order.
     """
 
     def __init__(self, stream: Stream, peer: PeerConfig, arrived: ArrivalHandler) -> None:

@@ -302,7 +302,8 @@ class Charon:
         query = {"ike-id": ike_id, "timeout": timeout_ms, "loglevel": "-1"}
         if force:
             query["force"] = "yes"
-        return count(await self.request("terminate", query), "terminated")
+        _, answer = await self._ask("terminate", [query], patience=max(0.0, timeout_ms / 1000))
+        return count(answer, "terminated")
 
     async def request(self, command: str, message: Mapping[str, Any] | None = None) -> Message:
         """Any command that is answered by one message."""
@@ -330,12 +331,14 @@ class Charon:
         event: str = "",
         item: Callable[[bytes], None] | None = None,
         kind: str = "",
+        patience: float = 0.0,
     ) -> tuple[_Connection, Message]:
+        """`patience`: seconds that charon may wait for others before it answers."""
         connections = self._connections[kind or (command if command in WAITING else "")]
         async with connections:
             connection, whole = None, False
             try:
-                with trace.span(f"vici {command}", "call"), Limit(self._timeout):
+                with trace.span(f"vici {command}", "call"), Limit(self._timeout + patience):
                     connection = await connections.take()
                     if event and event not in connection.events:
                         await connection.register(event)

@@ -376,3 +376,25 @@ def test_an_event_between_two_registrations_is_heard_and_ends_nothing(tmp_path: 
         server.close()
 
     run(scenario())
+
+
+def test_charon_may_wait_for_a_mobile_node_before_it_answers(tmp_path: Path) -> None:
+    """A Delete: charon answers when the mobile node has."""
+
+    async def charon(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        frames = Deframer()
+        while octets := await reader.read(65536):
+            for _ in frames.receive(octets):
+                await asyncio.sleep(0.2)
+                body = serialize_message({"success": "yes", "terminated": "1"})
+                writer.write(Packet(PacketType.CMD_RESPONSE, body=body).framed())
+
+    async def scenario() -> None:
+        path = str(tmp_path / "vici")
+        server = await asyncio.start_unix_server(charon, path)
+        assert await Charon(path, timeout=0.1).terminate(1, 300) == 1
+        with pytest.raises(CharonError):
+            await Charon(path, timeout=0.1).terminate(1, -1)
+        server.close()
+
+    asyncio.run(scenario())
