@@ -307,17 +307,32 @@ class Links:
 
     async def get(self, peer: PeerConfig) -> Link:
         """An open link, or a new one. All who ask meanwhile get what one attempt comes to, because a silent
-        peer would be dialled for each of them in turn. Errors: LinkError."""
-        link = self.find(peer.name)
-        if link is not None:
-            return link
-        dial = self._dialling.get(peer.name)
-        if dial is None:
-            dial = self._dialling[peer.name] = asyncio.create_task(
-                self._new(peer), name=f"ikectx dials {peer.name}"
-            )
-            dial.add_done_callback(lambda done: self._dial_ended(peer.name, done))
-        return await asyncio.shield(dial)
+        peer would be dialled for each of them in turn. Who joins an attempt that fails asks once more, up to
+        `timing.connect` after it came, because that one may have begun when the peer was not there yet.
+        Errors: LinkError."""
+        until = asyncio.get_running_loop().time() + self._timing.connect
+        problem: LinkError | None = None
+        while True:
+            link = self.find(peer.name)
+            if link is not None:
+                return link
+            dial = self._dialling.get(peer.name)
+            joined = dial is not None
+            if dial is None:
+                dial = self._dialling[peer.name] = asyncio.create_task(
+                    self._new(peer), name=f"ikectx dials {peer.name}"
+                )
+                dial.add_done_callback(lambda done: self._dial_ended(peer.name, done))
+            try:
+                async with asyncio.timeout_at(until if problem else None):
+                    return await asyncio.shield(dial)
+            except TimeoutError:
+                assert problem is not None
+                raise problem from None
+            except LinkError as error:
+                if problem or not joined or asyncio.get_running_loop().time() >= until:
+                    raise
+                problem = error
 
     def _dial_ended(self, name: str, dial: asyncio.Task[Link]) -> None:
         del self._dialling[name]

@@ -679,3 +679,50 @@ def test_who_asks_while_a_peer_is_dialled_gets_what_comes_of_that() -> None:
         assert len(asyncio.all_tasks()) == 1
 
     hand_loop.run(scenario(), 100)
+
+
+def test_who_asks_late_in_a_dial_that_fails_has_its_own_time() -> None:
+    # a link that is kept up is dialled again and again: the SYN that this one sent may be lost, though the
+    # peer is there when a transfer asks
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        dials: list[float] = []
+        comes: list[float] = []
+        ends: list[Stream] = []
+
+        async def dial(peer: PeerConfig) -> Stream:
+            dials.append(round(loop.time() - began, 1))
+            if dials[-1] in comes:
+                await asyncio.sleep(0.5)
+                near, there = pair()
+                ends.append(there)
+                return near
+            await asyncio.sleep(5.0)
+            raise LinkError(f"{peer.name} did not answer")
+
+        async def ask(after: float) -> Link:
+            await asyncio.sleep(after)
+            return await links.get(far)
+
+        links, far, began = Links(dial, Timing(), nothing), PeerConfig("far", "far"), loop.time()
+        # who asks first is told after 5 s, who asks at 4.5 s at 9.5 s; both of the latter by one dial
+        first, *late = (asyncio.create_task(ask(after)) for after in (0.0, 4.5, 4.5))
+        with pytest.raises(LinkError, match="did not answer"):
+            await first
+        assert round(loop.time() - began, 1) == 5.0
+        for one in late:
+            with pytest.raises(LinkError, match="did not answer"):
+                await one
+        assert (dials, round(loop.time() - began, 1)) == ([0.0, 5.0], 9.5)
+        await asyncio.sleep(1.0)
+        # and it has the link if the second attempt comes through
+        comes.append(16.0)
+        began, dials = loop.time() - 11.0, []
+        first, later = (asyncio.create_task(ask(after)) for after in (0.0, 4.5))
+        with pytest.raises(LinkError):
+            await first
+        await later
+        assert (dials, round(loop.time() - began, 1)) == ([11.0, 16.0], 16.5)
+        await links.close()
+
+    hand_loop.run(scenario(), 100)
