@@ -186,6 +186,7 @@ class Charon:
     queued: list[str] = field(default_factory=list)
     children: list[Child] = field(default_factory=list)
     rekeyed: list[str] = field(default_factory=list)
+    rekey_time: int = 1800
     refuse_children: bool = False
     wrong_first: bool = False
     """Deletes the newer of two children with one SPI."""
@@ -290,7 +291,7 @@ class Charon:
                     "state": child.state,
                     "spi-in": child.context.spi_in.hex(),
                     "spi-out": child.context.spi_out.hex(),
-                    "rekey-time": "1800",
+                    "rekey-time": str(self.rekey_time),
                     "life-time": "2000",
                 }
                 for child in self.children

@@ -31,7 +31,7 @@ ALL=(format lint types floors new-13 scenarios live new-12 readme virtual kills 
 STEPS=("${ALL[@]}" unit all-13 all-sid post-quantum)
 # These wait for a time limit, a minute some of them, or have TCP, which a busy machine stretches: they run in
 # virtual time only.
-PATIENT=(begins fresh-keys inside-agents-killed inside-stays inside-traffic inside-terminated left lifetime move-life
+PATIENT=(begins fresh-keys inside-agents-killed inside-stays inside-traffic inside-terminated left lifetime lifetime-meanwhile move-life
     predictive-held silent-mn)
 # In virtual time beside these: each way to move, whose limits hold there exactly.
 EXACT=(handover handover-v6 handover-encap predictive predictive-v6 reactive reactive-v6 pull by-packet

@@ -17,7 +17,7 @@ from ikectx.clock import steady_wall, this_start, uptime
 from ikectx.engine.ports import Store
 from ikectx.errors import StoreError, reading
 from ikectx.sa.name import SaName
-from vici_bridge.vici.views import SaView
+from vici_bridge.vici.views import ChildView, SaView
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,13 @@ class Deadlines:
         if left:
             self.keep(view.spis, None, wall + min(left), soon=soon)
 
+    def missed(self, view: SaView, wall: float) -> None:
+        """The SA is active again: CHILD_SAs whose time came meanwhile are due now, because charon forgets a
+        rekey of an IKE_SA that is passive (`rekey_child_sa` in ike_sa.c, strongSwan 5.9.8)."""
+        for child in view.children:
+            if _overdue(child):
+                self.keep(view.spis, child.spi_in, wall)
+
     def gone(self, sa: SaName) -> None:
         """charon no longer has the SA."""
         self._seen.discard(sa)
@@ -113,8 +120,9 @@ class Deadlines:
         if view is not None and not entry.child:
             timers = [view.rekey, view.reauth]
         elif view is not None:
-            timers = [child.rekey for child in view.children if child.spi_in.hex() == entry.child]
-            there = bool(timers)
+            found = [child for child in view.children if child.spi_in.hex() == entry.child]
+            timers = [child.rekey for child in found if not _overdue(child)]
+            there = bool(found)
         own = [seconds for seconds in timers if seconds is not None]
         if not there or (own and wall + min(own) <= entry.due + MARGIN):
             self._drop(entry.key)
@@ -141,6 +149,11 @@ class Deadlines:
         if entry is not None and entry.due == self._next:
             self._next = None
         self._store.delete(_KIND, key)
+
+
+def _overdue(child: ChildView) -> bool:
+    """Whether its rekey should have begun by charon's own timer, and has not."""
+    return child.state == "INSTALLED" and child.rekey is not None and child.rekey <= 0
 
 
 def _earlier(entry: Deadline) -> Deadline:

@@ -108,6 +108,20 @@ def test_a_child_has_a_deadline_of_its_own() -> None:
     assert entry.child == "c1234567" and deadlines.settle(entry, SA, 501.0)
 
 
+def test_a_child_whose_rekey_charon_forgot_is_due_at_once() -> None:
+    deadlines = Deadlines(MemoryStore())
+    (child,) = SA.children
+    overdue = replace(SA, children=(replace(child, rekey=-4),))
+    deadlines.missed(SA, 500.0)
+    assert deadlines.next_due() is None
+    deadlines.missed(overdue, 500.0)
+    (entry,) = deadlines.due(500.0)
+    assert entry.child == child.spi_in.hex()
+    assert deadlines.settle(entry, overdue, 500.0), "charon's own timer has passed"
+    begun = replace(overdue, children=(replace(child, rekey=-4, state="REKEYING"),))
+    assert not deadlines.settle(entry, begun, 500.0), "charon rekeys it"
+
+
 def test_the_timer_of_an_sa_is_noted_once_when_it_is_active() -> None:
     deadlines = Deadlines(MemoryStore())
     deadlines.note(replace(SA, state="PASSIVE"), 1000.0)

@@ -8,12 +8,14 @@
    no gateway wanted it.
 4. Have charon rekey the children, if one could not be moved, or because ESP in user space began its sequence
    numbers anew, under keys that were used.
+5. Note which rekeys came due meanwhile, of this SA and of others that were passive with it.
 """
 
 from __future__ import annotations
 
 import contextlib
 
+from ikectx.clock import steady_wall
 from ikectx.errors import UnknownSaError
 
 from .ahead import go_home
@@ -51,6 +53,13 @@ async def rekey_children(work: Moving) -> None:
             await work.host.vici.rekey(child_id=child.unique_id)
 
 
+async def note_missed(work: Moving) -> None:
+    """Errors: CharonError, WireError."""
+    for view in await work.host.views():
+        if view.state != "PASSIVE":
+            work.host.deadlines.missed(view, steady_wall())
+
+
 LOUD: LedgerStep[Moving] = LedgerStep(
     "loud",
     (
@@ -58,6 +67,7 @@ LOUD: LedgerStep[Moving] = LedgerStep(
         StepEffect("charon is active", activate),
         StepEffect("charon looks for its way", look_for_way, limit=5.0, needed=False),
         StepEffect("children are rekeyed", rekey_children, when=lambda work: work.rekeys),
+        StepEffect("rekeys that came due", note_missed, limit=5.0, needed=False),
     ),
     ends=True,
     journaled=False,

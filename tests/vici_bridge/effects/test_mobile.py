@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ikectx.clock import steady_wall
 from ikectx.errors import BusyError, CharonError, KernelError, StateError, UnknownSaError
 from ikectx.node.agreement import Agreement
 from ikectx.numbers import Status
@@ -524,6 +525,19 @@ def test_what_is_not_there() -> None:
             with pytest.raises(UnknownSaError):
                 await call(node.sa)
         await node.mobile.loud(node.sa)
+
+    do(scenario())
+
+
+def test_a_rekey_that_came_due_while_the_sa_was_passive_is_asked_for() -> None:
+    # charon forgets it, and the CHILD_SA would expire
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        await node.mobile.quiet(node.sa)
+        node.charon.rekey_time = -3
+        await node.mobile.loud(node.sa)
+        (due,) = node.host.deadlines.due(steady_wall())
+        assert bytes.fromhex(due.child) == node.context.children[0].spi_in
 
     do(scenario())
 
