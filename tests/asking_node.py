@@ -141,7 +141,7 @@ class Outside:
         self.ways: dict[Address, Address] = {NSG.address: NEW.address, PSG.address: OLD.address}
         self.nudged: list[Address] = []
         self.told: list[SaView] | None = None
-        self.addresses = [OLD.address, NEW.address]
+        self.own = [OLD.address, NEW.address]
         self.changes = 0
 
     async def views(self) -> list[SaView]:
@@ -151,7 +151,10 @@ class Outside:
         return self.told
 
     def has(self, address: Address) -> bool:
-        return address in self.addresses
+        return address in self.own
+
+    def addresses(self) -> list[Address]:
+        return list(self.own)
 
     def towards(
         self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()

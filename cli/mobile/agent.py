@@ -70,6 +70,9 @@ class _Outside:
     def has(self, address: Address) -> bool:
         return self._addresses.is_local(address)
 
+    def addresses(self) -> list[Address]:
+        return self._addresses.listed()
+
     def towards(
         self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
     ) -> Address | None:

@@ -51,6 +51,10 @@ class OuterAddresses:
         """Whether `address` is one of this host. Errors: KernelError."""
         return is_local(self._route, address)
 
+    def listed(self) -> list[Address]:
+        """The addresses of this host that packets to other networks may come from. Errors: KernelError."""
+        return [*self._usable(4), *self._usable(6)]
+
     def towards(
         self, remote: Address, *, avoid: Collection[Address] = (), among: Sequence[Address] = ()
     ) -> Address | None:

@@ -34,7 +34,7 @@ from vici_bridge.effects.mobile import CharonMobile
 from .farewell import Farewells
 from .node import MobileNode
 from .opening import open_nat
-from .parties import Outside
+from .parties import Outside, inner_addresses
 from .place import LocalPlace
 from .report import MobileReport
 from .run import HandoverRun, Progress
@@ -89,6 +89,7 @@ class Handovers(HandoverSteps):
         if isinstance(run, MobileReport):
             return run
         run.machine.leaves = leaving
+        run.inner = inner_addresses(self._outside, run.context)
         loop = asyncio.get_running_loop()
         run.moved, run.prepared = loop.create_future(), loop.create_future()
         self._pending = run
@@ -215,7 +216,7 @@ class Handovers(HandoverSteps):
         """Run from the announcement to the report; the lock is held from the arrival on."""
         before = run.context
         old = before.local.address
-        place = self._search.place(run.nsg, old.version, before.local_vips, left=old)
+        place = self._search.place(run.nsg, old.version, run.inner, left=old)
         try:
             async with contextlib.AsyncExitStack() as stack:
 
@@ -293,7 +294,7 @@ class Handovers(HandoverSteps):
         said, named = run.moved, self._search.named(run.nsg, address)
         assert said is not None
         before = run.context
-        place = self._search.place(run.nsg, before.local.address.version, before.local_vips)
+        place = self._search.place(run.nsg, before.local.address.version, run.inner)
         found = named or await self._search.arrived(place, run.nsg)
         if not said.done():
             run.named = named is not None

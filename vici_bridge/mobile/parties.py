@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ikectx.errors import LinkError, UnknownSaError
 from ikectx.node.mobility import Router
-from ikectx.sa.context import Address, Endpoint
+from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView
 
@@ -32,11 +32,30 @@ class Outside(Protocol):
     def has(self, address: Address) -> bool:
         """Whether this host has the address."""
 
+    def addresses(self) -> list[Address]:
+        """The host's addresses that packets to other networks may come from. Errors: KernelError."""
+
     def towards(
         self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
     ) -> Address | None: ...
 
     def nudge(self, remote: Address) -> None: ...
+
+
+def inner_addresses(outside: Outside, context: IkeContext) -> tuple[Address, ...]:
+    """The host's addresses that are reached through the SA: its virtual IPs, and those of its own networks
+    in a traffic selector, unless the outer address is in that, too. A new place has another one; Linux takes
+    one of these for packets to a gateway, though, while a link has a route and no address yet. Errors:
+    KernelError."""
+    outer = context.local.address
+    ranges = [(ts.start, ts.end) for child in context.children for ts in child.local_ts]
+    own = [ends for ends in ranges if not _within(outer, *ends)]
+    found = [one for one in outside.addresses() if any(_within(one, *ends) for ends in own)]
+    return (*context.local_vips, *found)
+
+
+def _within(address: Address, start: Address, end: Address) -> bool:
+    return address.version == start.version and int(start) <= int(address) <= int(end)
 
 
 class Routers:

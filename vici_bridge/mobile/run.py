@@ -41,6 +41,8 @@ class HandoverRun:
     """Set when the request to the new gateway has left, and at the latest when it has ended."""
     heard_more: bool = False
     """True if charon has had a request of the old gateway that the new one was not told of."""
+    inner: tuple[Address, ...] = ()
+    """Predictive: own addresses that are reached through the SA, and are none of a new place."""
     moved: asyncio.Future[Address] | None = None
     """Predictive: the new local address, if the node was reported to be at its new place."""
     at: Endpoint | None = None

@@ -49,7 +49,7 @@ async def at_a_new_place() -> World:
     """charon is known to be idle, and the old address is gone."""
     w = World()
     w.outside.told = await w.mobile.views()
-    w.outside.addresses = [NEW.address]
+    w.outside.own = [NEW.address]
     return w
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 from ikectx.errors import LinkError
 from ikectx.node.mobility import HandoverOutcome, MobileState
 from ikectx.numbers import Fpt, Status
-from ikectx.sa.context import Address, Endpoint
+from ikectx.sa.context import Address, Endpoint, TrafficSelector
 from ikectx.wire.cxtp import StatusBlock
 from tests.asking_node import World
 from tests.hand_loop import run
 from tests.mobile_world import NEW, NSG, OLD, PSG
+from vici_bridge.mobile.parties import inner_addresses
 from vici_bridge.mobile.place import OTHER_KIND, LocalPlace
 
 FOUR, SIX = ip_address("192.0.2.2"), ip_address("2001:db8:2::1")
@@ -114,6 +116,42 @@ def test_predictive_where_a_ula_comes_before_the_address(late: float) -> None:
         w.handovers.addresses_changed()
         report = await w.handovers._pending.task  # type: ignore[union-attr,misc]
         assert (report.result, report.new, report.mode) == ("moved", (NEW, NSG), "predictive")
+
+    run(scenario())
+
+
+def test_an_address_of_an_inner_network_is_none_of_a_new_place() -> None:
+    # where a link has a route and no address yet, Linux sends from any other address
+    async def scenario() -> None:
+        w = World()
+        (child,) = w.mobile.context.children
+        network, inner = (ip_address(f"10.77.0.{last}") for last in (0, 1))
+        selectors = (*child.local_ts, TrafficSelector(network, inner))
+        w.mobile.context = replace(w.mobile.context, children=(replace(child, local_ts=selectors),))
+        w.outside.own = [OLD.address, inner]
+        await w.handovers.announce("nsg")
+        w.outside.ways = {NSG.address: inner}
+        w.handovers.addresses_changed()
+        await asyncio.sleep(3.0)
+        assert w.gateways.seen == []
+        w.outside.ways[NSG.address] = NEW.address
+        w.handovers.addresses_changed()
+        report = await w.handovers._pending.task  # type: ignore[union-attr,misc]
+        assert (report.result, report.new) == ("moved", (NEW, NSG))
+
+    run(scenario())
+
+
+def test_an_outer_address_in_a_traffic_selector_says_nothing_of_the_next() -> None:
+    async def scenario() -> None:
+        w = World()
+        context = w.mobile.context
+        (child,) = context.children
+        everything = TrafficSelector(ip_address("0.0.0.0"), ip_address("255.255.255.255"))
+        w.outside.own = [OLD.address, NEW.address]
+        for selectors in ((everything,), (child.local_ts[0], everything)):
+            shaped = replace(context, children=(replace(child, local_ts=selectors),))
+            assert inner_addresses(w.outside, shaped) == context.local_vips
 
     run(scenario())
 
