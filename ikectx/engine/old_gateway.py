@@ -258,7 +258,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         """Report: at the end, and before it when the caller should not wait any longer."""
         scheduler = self.parts.scheduler
         scheduler.open(self.awaited)
-        scheduler.leave(self.turn, self.signals.process)  # one in doubt may be so for ever
+        if self.context is not None:  # else it has had no turn
+            scheduler.leave(self.turn, self.signals.process)  # one in doubt may be so for ever
         report = self.report()
         self.tell(report)
         self.settle(report)

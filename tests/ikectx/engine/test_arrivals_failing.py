@@ -89,6 +89,24 @@ def test_a_nat_that_the_sas_are_not_made_for_is_refused(announced: bool) -> None
     run(scenario())
 
 
+def test_an_sa_that_cannot_be_exported_is_no_mistake_of_the_program(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with world(timing=FAST) as w:
+            sa = w.a.daemon.serve(a_context())
+            for error, status in (
+                (BusyError("a rekey is in flight"), Status.BUSY),
+                (CharonError("charon hangs"), CharonError("").status),
+            ):
+                w.a.daemon.fail["export"] = [error] * 1000
+                report = await w.a.agent.transfer(sa, "b")
+                assert (report.status, str(error) in report.text) == (status, True), report
+                w.a.daemon.fail.clear()
+            assert (await w.a.agent.transfer(sa, "b")).result == "moved"
+
+    run(scenario())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_a_psg_that_is_busy_or_down_is_asked_until_the_time_is_over() -> None:
     async def scenario() -> None:
         async with world(timing=replace(FAST, request=0.15)) as w:
