@@ -26,12 +26,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ikectx.errors import KernelError, WireError
 from ikectx.sa.context import IkeContext, ReplayState
 from ikectx.sa.name import SaName
+from vici_bridge.ha.record import ChildAdded, RecordChange
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.kernel import LATE
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
@@ -81,6 +82,9 @@ class Early:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
         self._known: dict[SaName, tuple[EarlyChild, ...]] = {}
+        self._ending: dict[SaName, tuple[EarlyChild, ...]] = {}
+        self._handed_over: set[SaName] = set()
+        """Those whose packets leave by charon's pair."""
         self._reqids = itertools.cycle(range(WANTED + 1, WANTED + 0x10000))
 
     def __contains__(self, sa: SaName) -> bool:
@@ -209,6 +213,7 @@ class Early:
                 requests += [led_to(policy, outbound).put() for policy in one.outward]
         if kernel is not None and requests:
             kernel.batch(requests)
+            self._handed_over.add(sa)
             self._forget_wanted(self._known.get(sa, ()))
 
     def _forget_wanted(self, children: Iterable[EarlyChild]) -> None:
@@ -217,9 +222,20 @@ class Early:
             if kernel is not None:
                 forget_wanted(kernel, child.outward[0], child.outbound)
 
+    def heed(self, change: RecordChange | None) -> None:
+        """charon has added a CHILD_SA: the policies that lead to the pair of the one before it go at once,
+        because charon deletes that pair, and its own policies follow the rekey. Raises nothing."""
+        if isinstance(change, ChildAdded):
+            if change.sa in self._handed_over:
+                self.end(change.sa)
+            self._drop(change.sa, self._ending.pop(change.sa, ()))
+
     def end(self, sa: SaName) -> None:
         """Remove what there is of it. Raises nothing: what stays ends by itself."""
-        children = self._known.pop(sa, ())
+        self._handed_over.discard(sa)
+        self._drop(sa, self._known.pop(sa, ()))
+
+    def _drop(self, sa: SaName, children: Sequence[EarlyChild]) -> None:
         try:
             self._remove(
                 [one for child in children for one in (child.outbound, child.inbound)],
@@ -231,14 +247,17 @@ class Early:
 
     def end_soon(self, sa: SaName) -> None:
         """Remove it in `LINGER` seconds, because the kernel lets held packets go at its next tick."""
+        self._handed_over.discard(sa)
         children = self._known.pop(sa, ())
         if children:
+            self._ending[sa] = children
             asyncio.get_running_loop().call_later(LINGER, self._end, sa, children)
 
     def _end(self, sa: SaName, children: tuple[EarlyChild, ...]) -> None:
-        if sa not in self._known:
-            self._known[sa] = children
-            self.end(sa)
+        if self._ending.get(sa) is children:
+            del self._ending[sa]
+            if sa not in self._known:
+                self._drop(sa, children)
 
     def sweep(self) -> None:
         """Remove what an agent before this one has left. Raises nothing."""

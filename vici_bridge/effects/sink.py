@@ -105,6 +105,7 @@ class CharonSink(ContextSink):
         self._renames.load()
         self._looks = Looks(host)
         self._early = Early(host)
+        host.on_change = self._early.heed
         self._runner: Runner[Coming] = Runner(
             host.coming, host.spawn, host.listing.crowd, PREPARE, TAKE, ACTIVATE, UNDO
         )

@@ -16,6 +16,7 @@ from tests.vici_bridge.effects.test_sink import final_of
 from tests.worlds import until
 from vici_bridge.effects.beside import keep_packets
 from vici_bridge.effects.early import EARLY, MARGIN, is_early
+from vici_bridge.ha.record import ChildAdded
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa
 
 NEW = Endpoint.of("198.51.100.77", 4500)
@@ -96,6 +97,31 @@ def test_its_packets_are_led_to_it_before_charon_is_asked_and_no_number_leaves_t
             here.sad.step = here.charon.step = lambda: None
             await until(lambda: early(there) == ([], []))
             assert here.sad.send(inner) == child.spi_out
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while it is activated", "just after"])
+def test_a_rekey_just_after_the_move_finds_no_policy_that_leads_to_the_pair_before_it(late: bool) -> None:
+    # charon deletes that pair: what such a policy takes would wait for it, and be lost
+    async def scenario() -> None:
+        async with announced() as (there, context):
+            here, sink = there.here, there.here.sink
+            added = ChildAdded(context.spis, bytes.fromhex("c0ffee01"))
+            assert here.host.on_change is not None
+            here.host.on_change(added)
+            assert early(there)[1], "one that waits for its mobile node stays"
+            await sink.prepare(context, False)
+            await sink.take(context, final_of(context))
+            report = await sink.move_peer(context, final_of(context))
+            if late:
+                await sink.activate(context, final_of(context), report)
+            assert early(there)[1]
+            here.host.on_change(added)
+            assert early(there) == ([], [])
+            if not late:
+                await sink.activate(context, final_of(context), report)
+            assert here.sad.send(context.children[0].remote_ts[0].start) == context.children[0].spi_out
 
     run(scenario())
 
