@@ -18,11 +18,14 @@ follows at once, is still lost.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, replace
 
 from ikectx import trace
 from ikectx.errors import IkectxError
 from ikectx.sa.context import Address
+from ikectx.sa.name import SaName
+from vici_bridge.ha.record import ChildAdded, RecordChange
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.host_routes import HostRoutes
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
@@ -55,6 +58,7 @@ class ShelteredChild:
 class Sheltered:
     """One IKE_SA. `vips`: its virtual IPs, with the index of the device that has each."""
 
+    sa: SaName
     children: tuple[ShelteredChild, ...]
     vips: tuple[tuple[Address, int], ...]
 
@@ -65,6 +69,8 @@ class Shelter:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
         self._routes = HostRoutes()
+        self._lingering: dict[SaName, asyncio.Event] = {}
+        """By SA: set when its packets are to leave by charon's policies alone."""
 
     def close(self) -> None:
         """Close the socket."""
@@ -74,7 +80,7 @@ class Shelter:
         """Hold the SA's outbound packets. `end` must follow. Errors: KernelError, WireError."""
         children, kernel = self._children(view), self._host.kernel
         devices = [(vip, self._routes.device_of(vip)) for vip in view.local_vips if children]
-        sheltered = Sheltered(children, tuple((vip, device) for vip, device in devices if device))
+        sheltered = Sheltered(view.spis, children, tuple((vip, device) for vip, device in devices if device))
         try:
             for vip, device in sheltered.vips:
                 self._routes.add(vip, device)
@@ -101,11 +107,17 @@ class Shelter:
             found.append(ShelteredChild(outbound, tuple(map(_from_anywhere, inward)), tuple(outward)))
         return tuple(found)
 
+    def heed(self, change: RecordChange | None) -> None:
+        """charon has added a CHILD_SA: it deletes the one before, to which policies here may lead."""
+        if isinstance(change, ChildAdded) and (event := self._lingering.get(change.sa)) is not None:
+            event.set()
+
     @trace.spanned("charon changes addresses", "step")
     async def end(self, sheltered: Sheltered, remote: Address) -> None:
         """Let packets leave as soon as charon has SAs to `remote`, or has not made any. Errors: KernelError,
         WireError."""
         kernel, children = self._host.kernel, sheltered.children
+        rekeyed = self._lingering[sheltered.sa] = asyncio.Event()
         try:
             if kernel is None or not children:
                 return
@@ -121,8 +133,16 @@ class Shelter:
                 for policy in one.outward[:1]:
                     forget_wanted(kernel, policy, one.outbound)
             if put:
-                await asyncio.sleep(LINGER)
+                loop = asyncio.get_running_loop()
+                end = loop.time() + LINGER
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(end):
+                        await rekeyed.wait()
+                    kernel.delete_policies([policy for one in children for policy in one.outward])
+                await asyncio.sleep(end - loop.time())
         finally:
+            if self._lingering.get(sheltered.sa) is rekeyed:
+                del self._lingering[sheltered.sa]
             self._remove(sheltered)
 
     async def _new(self, names: list[tuple[Address, bytes]]) -> list[KernelSa | None]:

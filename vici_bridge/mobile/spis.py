@@ -114,7 +114,7 @@ class SpiWatch:
 
     def changed(self, change: RecordChange | None = None) -> None:
         """SAs or addresses may have changed."""
-        del change
+        self._shelter.heed(change)
         if self._soon is None and self._started:
             self._look_in(SETTLE)
 

@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 
 from ikectx.errors import KernelError
+from ikectx.sa.name import SaName
 from tests.netns import JOINED, Namespace, join, namespaces
 from vici_bridge.effects.beside import keep_packets
-from vici_bridge.effects.shelter import HOLD, Shelter
+from vici_bridge.effects.shelter import HOLD, LINGER, Shelter
+from vici_bridge.ha.record import ChildAdded
 from vici_bridge.kernel.host_routes import HostRoutes
 from vici_bridge.kernel.kernel import Kernel
 
 pytestmark = pytest.mark.kernel_esp
 
+SA = SaName(bytes.fromhex("11" * 8), bytes.fromhex("22" * 8))
 NODE, OLD = JOINED[4]
 NEW, VIP = "10.9.0.3", "10.4.0.10"
 KEYS = f"enc cbc(aes) 0x{'00' * 16} auth hmac(sha256) 0x{'00' * 32}"
@@ -63,7 +66,7 @@ class Node:
         ends = {
             name: SimpleNamespace(address=ip_address(one)) for name, one in (("local", NODE), ("remote", OLD))
         }
-        return SimpleNamespace(**ends, local_vips=(ip_address(VIP),), children=(child,))
+        return SimpleNamespace(spis=SA, **ends, local_vips=(ip_address(VIP),), children=(child,))
 
     def send(self) -> None:
         self.sender.sendto(b"probe", ("10.3.0.9", 9))
@@ -114,6 +117,32 @@ def test_packets_wait_while_charon_changes_the_addresses(node: Node) -> None:
     assert node.policies() == 2, "charon's alone are left"
     node.send()
     assert node.arrived() == [NEW]
+
+
+def test_a_rekey_just_after_that_finds_no_policy_that_leads_to_the_sa_before_it(node: Node) -> None:
+    # charon deletes that SA: what such a policy takes would wait for it, and be lost
+    async def end() -> list[str]:
+        ending = asyncio.create_task(node.shelter.end(sheltered, ip_address(NEW)))
+        await asyncio.sleep(LINGER / 3)
+        node.shelter.heed(ChildAdded(SaName(bytes(8), bytes(8)), bytes(4)))
+        await asyncio.sleep(0)
+        assert node.policies() > 3
+        node.here.run(f"ip xfrm state delete src {NODE} dst {NEW} proto esp spi 0x1001")
+        node.here.run(
+            f"ip xfrm state add src {NODE} dst {NEW} proto esp spi 0x1003 reqid 7 mode tunnel {KEYS}"
+        )
+        node.shelter.heed(ChildAdded(SA, bytes(4)))
+        await asyncio.sleep(LINGER / 10)
+        node.send()
+        found = node.arrived()
+        await ending
+        return found
+
+    sheltered = node.shelter.begin(node.view())
+    node.has("delete", OLD)
+    node.has("add", NEW)
+    assert asyncio.run(end()) == [NEW]
+    assert node.policies() == 2, "charon's alone are left"
 
 
 def test_packets_go_on_as_before_where_charon_changes_nothing(

@@ -137,7 +137,7 @@ class Shelters:
         if self.fails == "begin":
             raise KernelError("the kernel refused")
         self.order.append("sheltered")
-        return Sheltered((), ())
+        return Sheltered(SA, (), ())
 
     async def end(self, sheltered: Sheltered, remote: Address) -> None:
         assert remote == NSG.address
