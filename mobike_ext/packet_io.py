@@ -42,6 +42,8 @@ _IDLE = 2.0
 """Seconds after which a packet socket that nobody uses is closed."""
 _DRAINED = 1024
 """Reads at most, because a socket that is being flooded is never empty."""
+_IN_A_ROW = 16
+"""Datagrams that are read one after the other before other tasks have their turn."""
 MAX_DATAGRAM = 65535
 """Octets of an IP packet."""
 
@@ -61,6 +63,7 @@ class RawLink:
         self._receiver = receiver
         self._local = local
         self._remote = remote
+        self._in_a_row = 0
 
     def __enter__(self) -> RawLink:
         return self
@@ -89,9 +92,14 @@ class RawLink:
         have come when the process gets a CPU again: the datagram is read, and then the reading is cancelled.
         """
         heard = self._receiver or self._raw
+        self._in_a_row += 1
+        if self._in_a_row >= _IN_A_ROW:  # whoever knows the SPIs may send faster than they are read
+            self._in_a_row = 0
+            await asyncio.sleep(0)
         try:
             return self._read(*heard.recvfrom(MAX_DATAGRAM))
         except BlockingIOError:
+            self._in_a_row = 0
             await _readable(heard, within)
         except OSError:
             # This is an ICMP error somebody sent: unauthenticated, so it decides nothing.

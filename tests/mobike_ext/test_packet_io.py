@@ -61,3 +61,36 @@ def test_what_came_for_another_port_before_the_filter_was_there_is_not_ours() ->
         sender = (str(there.address), 0, 0, 0)
         assert link._read(udp_datagram(there, other, b"query"), sender) is None
         assert link._read(udp_datagram(there, here, b"request"), sender) == (b"request", there)
+
+
+class Flooded:
+    """A socket that always has another datagram."""
+
+    def fileno(self) -> int:
+        return -1
+
+    def recvfrom(self, octets: int) -> tuple[bytes, object]:
+        return packet(b"forged"), None
+
+    def close(self) -> None: ...
+
+
+def test_whoever_knows_the_spis_cannot_keep_other_tasks_from_their_turn() -> None:
+    # they are in the clear; 15 Mbit/s of forged datagrams stopped the whole agent
+    async def scenario() -> None:
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        with RawLink(Flooded(), HERE, None) as link:  # type: ignore[arg-type]
+            working = asyncio.create_task(others())
+            for _ in range(1000):
+                assert await link.receive(1.0) == (b"forged", THERE)
+            assert turns > 1000 / 20
+            working.cancel()
+
+    asyncio.run(scenario())
