@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 
-from ikectx.errors import IkectxError
+from ikectx.errors import IkectxError, KernelError, WireError
 from ikectx.numbers import Protocol
-from ikectx.sa.context import IkeContext
+from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import SPI_MAX, SPI_MIN
+
+log = logging.getLogger(__name__)
 
 _DRAWS = 200
 
@@ -46,8 +49,7 @@ class OwnNames:
         if protocol is Protocol.IKE:
             return new not in self._sa
         others = {child.spi_out for one in self._every() for child in one.children}
-        kernel = self._host.kernel
-        return new not in others and (kernel is None or kernel.get_sa(context.remote.address, new) is None)
+        return new not in others and self._free(context.remote.address, new)
 
     def reserve(self, protocol: Protocol, old: bytes) -> bytes | None:
         if old not in self._reserved:
@@ -82,9 +84,17 @@ class OwnNames:
         if context is None:
             return None
         used = {child.spi_in for one in self._every() for child in one.children} | {*self._reserved.values()}
-        kernel = self._host.kernel
         for _ in range(_DRAWS):
             drawn = (SPI_MIN + secrets.randbelow(SPI_MAX - SPI_MIN + 1)).to_bytes(4)
-            if drawn not in used and (kernel is None or kernel.get_sa(context.local.address, drawn) is None):
+            if drawn not in used and self._free(context.local.address, drawn):
                 return drawn
         return None
+
+    def _free(self, destination: Address, spi: bytes) -> bool:
+        """Whether the kernel has no SA of that name; False if it does not tell."""
+        kernel = self._host.kernel
+        try:
+            return kernel is None or kernel.get_sa(destination, spi) is None
+        except (KernelError, WireError) as error:
+            log.warning("no SPI can be granted: %s", error)
+            return False

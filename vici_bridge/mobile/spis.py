@@ -388,6 +388,10 @@ class SpiWatch:
                         try:
                             moved.set_result(await self._apply(context, machine, event))
                         except IkectxError as error:
+                            if event.moves:
+                                # it must not believe that we are there: charon answers what it repeats
+                                log.warning("%s is not answered: %s", event.source, error)
+                                return
                             log.warning("the SAs of %s are not renamed: %s", event.source, error)
                             refusal = Reason.BUSY
                     requests.answer(refusal)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ikectx.engine.ports import MoveReport
-from ikectx.errors import CharonError, LinkError, StoreError
+from ikectx.errors import CharonError, KernelError, LinkError, StoreError
 from ikectx.numbers import Protocol
 from ikectx.sa.context import Endpoint
 from ikectx_cli.mobile.config import parse
@@ -523,17 +523,26 @@ def served(requests: type[Requests]) -> Any:
     return serving
 
 
-def test_a_change_that_fails_is_refused_as_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_change_that_fails_is_not_answered_as_if_it_were_done(
+    monkeypatch: pytest.MonkeyPatch, moves: bool
+) -> None:
+    """One of SPIs alone is refused as busy; of the gateway's address, charon answers the next copy."""
+
     async def scenario() -> None:
         w = Watched(monkeypatch)
-        answered: asyncio.Future[Reason | None] = asyncio.get_running_loop().create_future()
+        answered: list[Reason | None] = []
+        asked: list[Asked] = []
 
         class Gateway(Requests):
             async def next(self) -> Any:
-                return await super().next() if answered.done() else Asked(NSG, True, PAIRS)
+                if asked:
+                    await super().next()
+                asked.append(Asked(NSG, moves, PAIRS))
+                return asked[0]
 
             def answer(self, refusal: Reason | None = None) -> None:
-                answered.set_result(refusal)
+                answered.append(refusal)
 
         async def readdress(*_: Any) -> None:
             raise CharonError("no such SA")
@@ -541,8 +550,26 @@ def test_a_change_that_fails_is_refused_as_busy(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(mobile_spis, "serving", served(Gateway))
         monkeypatch.setattr(w.node.mobile, "readdress", readdress)
         async with w.watch.answering(w.node.sa, NEW, [NSG.address]) as moved:
-            assert await answered is Reason.BUSY
+            await asyncio.sleep(1.0)
+            assert answered == ([] if moves else [Reason.BUSY])
             assert not moved.done()
+
+    do(scenario())
+
+
+def test_no_spi_is_granted_while_the_kernel_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        names = OwnNames(w.node.host, w.node.sa)
+        assert names.usable(Protocol.ESP, FIRST.spi_out, OTHERS[1])
+        assert names.reserve(Protocol.ESP, FIRST.spi_in)
+
+        def get_sa(*_: Any) -> None:
+            raise KernelError("no buffer space")
+
+        monkeypatch.setattr(w.node.kernel, "get_sa", get_sa)
+        assert not names.usable(Protocol.ESP, FIRST.spi_out, OTHERS[1])
+        assert names.reserve(Protocol.ESP, SECOND.spi_in) is None
 
     do(scenario())
 
