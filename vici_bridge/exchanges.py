@@ -269,8 +269,7 @@ class MnTalk:
 
     async def _update(self) -> Agreed:
         names_first = self._names_itself
-        left = self._left
-        asks, rest = (left[-MOST:], left[:-MOST]) if names_first else (left[:MOST], left[MOST:])
+        asks, rest = _in_one_request(self._left, names_first)
         addresses = self._wish.addresses and not self._moved and not names_first
         label = b"ikectx update " + bytes([addresses]) + b"".join(_octets(one) for one in asks)
         now = self._now
@@ -362,6 +361,17 @@ def _asks(now: IkeContext, wish: Wish) -> list[UpdateSpi]:
     if wish.ike:
         asks.append(ask(Protocol.IKE, own_spi(now.current), wish.ike))
     return asks
+
+
+def _in_one_request(left: list[UpdateSpi], last_first: bool) -> tuple[list[UpdateSpi], list[UpdateSpi]]:
+    """What the next request asks for, `MOST` at most, and the rest. `last_first`: with the IKE_SA.
+
+    A child's two directions are never in two requests: it would go on under the SPI that is taken.
+    """
+    if not last_first:
+        return left[:MOST], left[MOST:]
+    most = MOST - 1 if left[-1].protocol is Protocol.IKE else MOST
+    return left[-most:], left[:-most]
 
 
 def _end(here: IkeContext, policy: RetransmitPolicy) -> SaEnd:

@@ -11,14 +11,16 @@ import pytest
 
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import RefusedError
+from ikectx.numbers import Protocol
 from ikectx.sa.context import Address, IkeContext, Secret
 from ikectx.sa.keys import iv_length
 from ikectx.wire.full_ctd import final_of
 from ikectx.wire.ikev2 import HEADER_LENGTH
+from mobike_ext import naming
 from mobike_ext.address_update import AddressUpdate
 from mobike_ext.link import SpiReport
-from mobike_ext.naming import Renaming
-from mobike_ext.notify import Reason
+from mobike_ext.naming import MOST, Renaming
+from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.rekey import ChildMade, ChildRekey, IkeMade, IkeRekey, RekeyState
 from mobike_ext.spi_update import (
     AGENT_WAIT,
@@ -280,3 +282,28 @@ def test_what_was_done_before_a_crash_is_not_done_again(monkeypatch: pytest.Monk
     [agreed] = ask(children=(), update=False)
     assert mn.said == [("addresses", 7)]
     assert agreed.moved
+
+
+@pytest.mark.parametrize("children", [1, 7, 8, 16, 17, 40])
+@pytest.mark.parametrize("ike", [False, True])
+@pytest.mark.parametrize("last_first", [False, True])
+def test_both_directions_of_a_child_are_in_one_request(children: int, ike: bool, last_first: bool) -> None:
+    # renamed by half, it would be installed under an SPI of another mobile node's SA
+    left: list[UpdateSpi] = []
+    for number in range(children):
+        spi = (0xC2000001 + number).to_bytes(4)
+        left += [
+            naming.ask(Protocol.ESP, b"\xc0" + spi[1:], b"\xc1" + spi[1:]),
+            naming.ask_peer(Protocol.ESP, spi),
+        ]
+    left += [naming.ask(Protocol.IKE, b"oldoldol", b"newnewne")] * ike
+    asked: list[UpdateSpi] = []
+    while left:
+        asks, left = exchanges._in_one_request(left, last_first)
+        assert 0 < len(asks) <= MOST
+        ours = [one for one in asks if one.protocol is Protocol.ESP]
+        assert [one.choose for one in ours] == [False, True] * (len(ours) // 2)
+        if last_first and ike and not asked:
+            assert asks[-1].protocol is Protocol.IKE
+        asked += asks
+    assert len(asked) == 2 * children + ike
