@@ -241,6 +241,8 @@ class HaSocket(asyncio.DatagramProtocol):
         it does not read."""
         for _ in range(500):
             waiting = self._queue()
+            if waiting is None:  # a socket that is closed between two reads of the table hides another
+                waiting = self._queue()
             if waiting is None or waiting < limit:
                 return waiting is not None
             await asyncio.sleep(0.002)

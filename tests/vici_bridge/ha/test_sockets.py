@@ -15,7 +15,7 @@ import textwrap
 
 import pytest
 
-from ikectx.errors import StateError
+from ikectx.errors import CharonError, StateError
 from vici_bridge.ha import sockets
 from vici_bridge.ha.sockets import HaSocket
 
@@ -58,6 +58,26 @@ def test_messages_that_found_the_buffer_full_are_counted_once(
     assert lost == [sum(told)] == [messages + 1 - len(heard)]
     assert bool(told) == full
     assert heard[-1] == b"one more"
+
+
+def test_one_look_that_misses_charons_row_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the kernel's table comes in pieces, and a socket that is closed between two of them hides a row
+    async def scenario() -> None:
+        charon = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        charon.bind(("127.0.0.1", 0))
+        agent = HaSocket("127.0.0.2", "127.0.0.1", lambda _: None, charon.getsockname()[1])
+        await agent.open()
+        looks, look = list[int](), agent._queue
+        monkeypatch.setattr(agent, "_queue", lambda: None if looks.pop() == 0 else look())
+        looks[:] = [1, 0]
+        await agent._make_room()
+        looks[:] = [0, 0]
+        with pytest.raises(CharonError, match="does not listen"):
+            await agent._make_room()
+        agent.close()
+        charon.close()
+
+    asyncio.run(scenario())
 
 
 def test_what_charon_has_sent_is_read_without_waiting() -> None:
