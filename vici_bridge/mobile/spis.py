@@ -134,9 +134,9 @@ class SpiWatch:
         self._work.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             if isinstance(error, IkectxError):
-                log.error("SPIs of an SA were not changed: %s", error)
+                log.error("what a gateway asked for was not done: %s", error)
             else:
-                log_mistake(log, "changing SPIs of an SA", error)
+                log_mistake(log, "what a gateway asked for", error)
 
     async def close(self) -> None:
         """Stop; an exchange under way ends with the SA active, its note left."""

@@ -343,14 +343,19 @@ class ControlClient:
             if confirm.response_type != PackagePacket.EVENT_CONFIRM:
                 raise LinkError(f"the agent has no event {event}", hint="is it of the same version?")
             transport.send(PackagePacket.request(command, PackageMessage.serialize(_clean(message))))
-            while True:
+        while True:
+            with self._mapped(command):
                 self._ready()
                 packet = PackagePacket.parse(transport.receive())
                 if packet.response_type != PackagePacket.EVENT:
                     return self._answer(command, packet)
                 item = as_text(PackageMessage.deserialize(packet.payload))
-                if on_item is not None and packet.event_type == event.encode():
+            if on_item is not None and packet.event_type == event.encode():
+                try:
                     on_item(item)
+                except BaseException:  # it is the caller's own, such as a closed stdout
+                    self.close()
+                    raise
 
     def listing(self, command: str, event: str, message: Mapping[str, Any] | None = None) -> list[Any]:
         """One command; returns the JSON of each event that answers it."""

@@ -284,3 +284,16 @@ def test_control_client(agent: Agent) -> None:
         ControlClient(agent.path, timeout=0.2).request("slow")
     with pytest.raises(LinkError, match="no agent"):
         ControlClient(agent.path + ".not").request("version")
+
+
+@pytest.mark.parametrize("mistake", [BrokenPipeError(32, "Broken pipe"), KeyError("ms")])
+def test_what_fails_in_showing_an_event_is_not_blamed_on_the_agent(agent: Agent, mistake: Exception) -> None:
+    def show(item: object) -> None:
+        raise mistake
+
+    with ControlClient(agent.path) as client:
+        with pytest.raises(type(mistake)):
+            client.stream("count", "number", {}, show)
+        shown: list[object] = []
+        client.stream("count", "number", {}, shown.append)  # over a connection of its own
+        assert shown
