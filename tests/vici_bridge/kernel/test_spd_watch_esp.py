@@ -171,9 +171,10 @@ class Sniffer:
             self._sockets.append(sniffing)
 
     def seen(self) -> set[int]:
-        """Since the last question. Left out: neighbour discovery (ICMPv6), ARP, and SCTP's ABORT.
+        """Since the last question. Left out: ARP, neighbour discovery (ICMPv6), SCTP's ABORT, TCP's RST.
 
-        An ABORT holds nothing. It is what the cut of an association sends, after its protection has gone.
+        These hold nothing. They are what the cut of an association sends, after its protection has gone, and
+        what a kernel answers to a late acknowledgement when the socket is closed.
         """
         found = set()
         for sniffing in self._sockets:
@@ -183,18 +184,25 @@ class Sniffer:
                     if kind != socket.PACKET_OUTGOING:
                         continue
                     if ethertype == 0x0800:
-                        protocol, chunk = packet[9], 20 + 12
+                        protocol, above, whole = packet[9], 20, int.from_bytes(packet[2:4])
                     elif ethertype == 0x86DD and packet[6] not in (0, 58):
-                        protocol, chunk = packet[6], 40 + 12
+                        protocol, above, whole = packet[6], 40, 40 + int.from_bytes(packet[4:6])
                     else:
                         continue
-                    if protocol != SCTP or packet[chunk] != ABORT:
+                    if not _holds_nothing(protocol, packet[above:], whole - above):
                         found.add(protocol)
         return found
 
     def close(self) -> None:
         for sniffing in self._sockets:
             sniffing.close()
+
+
+def _holds_nothing(protocol: int, octets: bytes, length: int) -> bool:
+    """Whether what IP carries, of that length, is SCTP's ABORT or TCP's RST, without data."""
+    if protocol == SCTP:
+        return octets[12] == ABORT
+    return protocol == socket.IPPROTO_TCP and bool(octets[13] & 0x04) and length == (octets[12] >> 4) * 4
 
 
 def run(site: Site, scenario: Awaitable[None]) -> None:
